@@ -1,0 +1,7 @@
+"""Decayed linear attention for PyTorch: one operator, its decode state, and the methods that compute it."""
+
+from .api import linear_attention, linear_attention_step
+from .dispatch import available_methods
+from .state import DecodeState
+
+__all__ = ["DecodeState", "available_methods", "linear_attention", "linear_attention_step"]

@@ -1,0 +1,91 @@
+"""The two functions of the package: check the arguments, choose a method, call the operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import library as _library  # noqa: F401  registers the operators
+from .checks import check_linear_attention, check_step
+from .dispatch import choose
+from .state import DecodeState
+
+
+def _unit_last_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    method: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Decayed linear attention: ``S_t = exp(g_t) S_{t-1} + k_t v_t^T``, ``o_t = scale * q_t^T S_t``.
+
+    The current token is not decayed. H, the number of state heads, is the largest head count among the arguments; the
+    heads of q, k and v may each divide it (state head h reads head ``h // (H // heads)``).
+
+    Args:
+        q, k: [B, T, Hq, K] and [B, T, Hk, K], T >= 0, K <= 512, float32, bfloat16 or float16 (float64 by torch).
+        v: [B, T, Hv, V], V <= 512, in q's dtype.
+        log_decay: g, natural logarithm of the decay, finite and <= 0: None (no decay), [H] or [B, T, H], float32.
+        scale: factor on the output.
+        initial_state: S_0, [B, H, K, V] float32, or [N, H, K, V] with ``cu_seqlens``; None is zero.
+        output_final_state: whether to return the last state.
+        cu_seqlens: [N + 1] int32 or int64, where the sequences packed in one row (B = 1) begin and end.
+        method: ``"auto"``, or the name of a method (see ``available_methods``).
+
+    Returns:
+        o [B, T, H, V] in q's dtype, and the final state [B or N, H, K, V] float32 or None. Both carry gradients to q, k,
+        v, log_decay and initial_state. Sums and states are float32 for every dtype; float32 inputs use no TF32.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value is wrong (values: on CPU tensors always, on a GPU where
+            the environment variable LEET_CHECK_VALUES is 1), or no method can serve the call.
+    """
+    check_linear_attention(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+    chosen = choose(method, q.device, q.dtype)
+    o, final_state = torch.ops.leet_linear_attention.forward(
+        _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v),
+        log_decay, initial_state, cu_seqlens, scale, output_final_state, chosen,
+    )  # fmt: skip
+    return o, final_state if output_final_state else None
+
+
+def linear_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: DecodeState,
+    *,
+    scale: float = 1.0,
+    method: str = "auto",
+) -> Tensor:
+    """Advance a decode state in place by T tokens, T from 1 to the state's buffer, and return their outputs.
+
+    Args:
+        q, k, v, log_decay, scale, method: as for ``linear_attention``; T at most ``state.buffer``.
+        state: the decode state of these B rows and H heads.
+
+    Returns:
+        o [B, T, H, V] in q's dtype. It carries no gradient: decoding is for inference.
+
+    Raises:
+        ValueError: as ``linear_attention``; also where an argument does not fit the state.
+    """
+    check_step(q, k, v, log_decay, scale, state)
+    chosen = choose(method, q.device, q.dtype)
+    with torch.no_grad():
+        return torch.ops.leet_linear_attention.step(
+            _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v), log_decay,
+            state.base, state.keys, state.values, state.log_decays, state.cursor,
+            scale, state.buffer, state.keep, chosen,
+        )  # fmt: skip

@@ -1,0 +1,91 @@
+"""The buffered decode step in plain torch, for any device: serves wherever the Triton step can not run.
+
+Reads the cursor on the host, so it waits for a device that is not the CPU and can not be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .decay_factors import FLOOR
+
+
+def per_token(log_decay: Tensor | None, like: Tensor, tokens: int) -> Tensor:
+    """log_decay None, `[H]` or `[B, T, H]` as `[B, T, heads]` in the dtype of `like` `[B, R, heads]`."""
+    if log_decay is None:
+        return like.new_zeros(like.shape[0], tokens, like.shape[2])
+    out = log_decay.to(like.dtype).expand(like.shape[0], tokens, -1)
+    return out if out.shape[2] == like.shape[2] else out.repeat_interleave(like.shape[2] // out.shape[2], 2)
+
+
+def running_decay(log_decays: Tensor) -> Tensor:
+    """Running sum over tokens of `[B, n, H]`, as `[B, H, n]` float64: differences of it stay exact enough for fp32 factors."""
+    return log_decays.double().clamp_min(FLOOR[log_decays.dtype]).cumsum(1).transpose(1, 2)
+
+
+def by_head(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """Tokens `[B, n, h, D]` as `[B, heads, n, D]` in `dtype`."""
+    x = x.transpose(1, 2).to(dtype)
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def fold_tokens(base: Tensor, keys: Tensor, values: Tensor, log_decays: Tensor) -> None:
+    """Take tokens into the base state, in place: base `[B, H, K, V]`, keys, values `[B, n, h, D]`, log_decays `[B, n, H]`."""
+    heads = base.shape[1]
+    running = running_decay(log_decays)
+    end = running[..., -1:]
+    weights = (end - running).to(base.dtype).exp().unsqueeze(-1)
+    update = (by_head(keys, heads, base.dtype) * weights).transpose(-1, -2) @ by_head(values, heads, base.dtype)
+    base.mul_(end.to(base.dtype).exp().unsqueeze(-1)).add_(update)
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    base: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    log_decays: Tensor,
+    cursor: Tensor,
+    scale: float,
+    buffer: int,
+    keep: int,
+) -> Tensor:
+    """Advance a decode state by T <= buffer tokens in place and give their outputs `[B, T, H, V]` in q's dtype.
+
+    q `[B, T, Hq, K]`, k `[B, T, Hk, K]`, v `[B, T, Hv, V]`; base, keys, values, log_decays and cursor are those of
+    `DecodeState`. The oldest tokens go into base when the buffer would overflow, but never one of the last max(keep, T).
+    Arguments are taken as checked.
+    """
+    tokens = q.shape[1]
+    batch, heads, _, value_dim = base.shape
+    if tokens == 0:
+        return q.new_empty(batch, 0, heads, value_dim)
+    start, count = cursor[:2].tolist()
+    slots = keys.shape[1]
+    held = (start + torch.arange(count + tokens, device=q.device)) % slots
+    fresh = held[count:]
+    keys.index_copy_(1, fresh, k.to(keys.dtype))
+    values.index_copy_(1, fresh, v.to(values.dtype))
+    log_decays.index_copy_(1, fresh, per_token(log_decay, log_decays, tokens))
+    held_keys, held_values, held_decays = (x.index_select(1, held) for x in (keys, values, log_decays))
+
+    dtype = base.dtype
+    running = running_decay(held_decays)
+    new = running[..., count:]
+    query = by_head(q, heads, dtype)
+    apart = (new.unsqueeze(-1) - running.unsqueeze(-2)).clamp_max_(0).to(dtype).exp().tril_(count)
+    weights = (query @ by_head(held_keys, heads, dtype).transpose(-1, -2)) * apart
+    out = weights @ by_head(held_values, heads, dtype)
+    out += (query * new.to(dtype).exp().unsqueeze(-1)) @ base
+    out = out.mul_(scale).transpose(1, 2).to(q.dtype).contiguous()
+
+    fold = 0 if count + tokens <= buffer else min(count, count + tokens - max(keep, tokens))
+    if fold:
+        fold_tokens(base, held_keys[:, :fold], held_values[:, :fold], held_decays[:, :fold])
+    cursor[0].fill_((start + fold) % slots)
+    cursor[1].fill_(count - fold + tokens)
+    return out

@@ -1,0 +1,70 @@
+"""The operator backward on the GPU: dq forward in time, dv and dk backward in time, and the gradient of log_decay.
+
+With R the gradient that reaches the state from the future, dq_t = scale * S_t do_t, dk_t = R_t v_t, dv_t = R_t^T k_t
+and dR obeys the operator's own recurrence with time reversed. So every gradient is one sweep (see ``sweep``).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..shapes import sequence_count, state_heads, sum_groups
+from . import tuning
+from .decay_gradient import decay_gradient
+from .launch import chunk_slots, device_index, sweep
+
+
+def backward(
+    do: torch.Tensor,
+    dfinal: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    scale: float,
+    need_log_decay: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of q, k, v (their shapes and dtype), log_decay (its shape, if needed) and initial_state (if given).
+
+    ``do`` [B, T, H, V] and ``dfinal`` [N, H, K, V] or None are the gradients of the operator's results.
+    """
+    heads = state_heads(q, k, v, log_decay, initial_state)
+    do = do if do.stride(-1) == 1 else do.contiguous()
+    do = do.to(q.dtype)
+    state = initial_state.contiguous() if initial_state is not None else None
+    dfinal = dfinal.contiguous() if dfinal is not None else None
+
+    forward_states = backward_states = None
+    config = config_t = None
+    if need_log_decay:
+        # dq's sweep holds the states [V, K], dv's the gradients [K, V]: both with the same chunk.
+        index = device_index(q)
+        config = tuning.sweep_config(q.shape[-1], v.shape[-1], q.element_size(), index)
+        config_t = tuning.sweep_config(v.shape[-1], q.shape[-1], q.element_size(), index)
+        chunk = min(config.chunk, config_t.chunk)
+        config, config_t = config._replace(chunk=chunk), config_t._replace(chunk=chunk)
+        slots = chunk_slots(q.shape[1], sequence_count(q, cu_seqlens), q.shape[0], chunk, cu_seqlens is not None)
+        shape = (slots, heads, q.shape[-1], v.shape[-1])
+        forward_states, backward_states = q.new_empty(shape), q.new_empty(shape)
+
+    dq, _ = sweep(
+        do, v, k, log_decay, heads, state, cu_seqlens,
+        scale=scale, transposed=True, chunk_states=forward_states, config=config_t,
+    )  # fmt: skip
+    dv, dinitial = sweep(
+        k, q, do, log_decay, heads, dfinal, cu_seqlens,
+        scale=scale, reverse=True, final=initial_state is not None, chunk_states=backward_states, config=config,
+    )  # fmt: skip
+    dk, _ = sweep(
+        v, do, q, log_decay, heads, dfinal, cu_seqlens, scale=scale, reverse=True, transposed=True, config=config_t
+    )
+    assert dq is not None and dk is not None and dv is not None
+    dlog_decay = None
+    if need_log_decay:
+        assert log_decay is not None and forward_states is not None and backward_states is not None
+        dlog_decay = decay_gradient(
+            q, k, v, do, log_decay, heads, forward_states, backward_states, cu_seqlens, scale, chunk
+        )
+    return sum_groups(dq, q.shape[2]), sum_groups(dk, k.shape[2]), sum_groups(dv, v.shape[2]), dlog_decay, dinitial

@@ -1,0 +1,60 @@
+"""Pieces the kernels share: matrix products of narrow operands, and decays summed over a run of tokens."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..dispatch import interpreting
+
+# The interpreter keeps bfloat16 as bare integers and multiplies those; there products take float32 copies of the operands.
+_WIDEN = tl.constexpr(interpreting())
+
+
+@triton.jit
+def dot(x, y):
+    """x @ y summed in float32; float32 operands are multiplied as such, never as TF32."""
+    if _WIDEN:
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(x, y, out_dtype=tl.float32, input_precision="ieee")
+
+
+@triton.jit
+def largest(x):
+    """Largest absolute entry of a matrix, 1 for a matrix of zeros: float16 operands are divided by it so none overflows."""
+    top = tl.max(tl.max(tl.abs(x), 1), 0)
+    return tl.where(top > 0, top, 1.0)
+
+
+@triton.jit
+def narrow_dot(x, y, IS_FP16: tl.constexpr):
+    """x @ y with x float32 brought to y's type."""
+    if IS_FP16:
+        top = largest(x)
+        return dot((x / top).to(y.dtype), y) * top
+    else:
+        return dot(x.to(y.dtype), y)
+
+
+@triton.jit
+def state_dot(x, S, IS_FP16: tl.constexpr):
+    """x @ S with the float32 state brought to x's type."""
+    if IS_FP16:
+        top = largest(S)
+        return dot(x, (S / top).to(x.dtype)) * top
+    else:
+        return dot(x, S.to(x.dtype))
+
+
+@triton.jit
+def token_decay(g_ptr, stride_gt, t0, n_valid, C: tl.constexpr, PRECISE: tl.constexpr):
+    """Inclusive running sum of a chunk's log_decay, [C], and its total.
+
+    PRECISE sums in float64: float32 sums of strong decays lose about 1e-4, which float32 results would show.
+    """
+    r = tl.arange(0, C)
+    g = tl.load(g_ptr + (t0 + r) * stride_gt, mask=r < n_valid, other=0.0)
+    if PRECISE:
+        g = g.to(tl.float64)
+    return tl.cumsum(g, 0), tl.sum(g, 0)

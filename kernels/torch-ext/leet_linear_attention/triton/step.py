@@ -1,0 +1,190 @@
+"""One launch of the buffered decode step: outputs, the buffer's new entries, and its folding when it is full.
+
+Every program holds one tile of one head's base state. The state is written only when the buffer folds, once in
+``buffer`` tokens, so a step reads the state and little else. The cursor (start, count) is read by all programs and
+advanced by whichever finishes last, which the ticket beside it decides.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tuning
+from .common import dot, narrow_dot, state_dot
+
+
+@triton.jit
+def running_sum(g, PRECISE: tl.constexpr):
+    if PRECISE:
+        g = g.to(tl.float64)
+    return tl.cumsum(g, 0), tl.sum(g, 0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "T", "H", "group_q", "group_k", "group_v", "keep",
+        "sqb", "sqt", "sqh", "skb", "skt", "skh", "svb", "svt", "svh", "sgb", "sgt", "sgh",
+    ]
+)  # fmt: skip
+def step_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, base_ptr, keys_ptr, values_ptr, decays_ptr, cursor_ptr, out_ptr,
+    T, H, group_q, group_k, group_v, scale, keep,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sgb, sgt, sgh,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
+    BT: tl.constexpr, DECAY: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * H * blocks of V,), blocks fastest. The ring has R = 2 N slots: keys [B, R, Hk, K], values [B, R, Hv, V], decays [B, R, H]."""
+    R: tl.constexpr = 2 * N
+    BLOCKS: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % BLOCKS
+    i_bh = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    i_b = i_bh // H
+    i_h = i_bh % H
+    h_k = i_h // group_k
+    h_v = i_h // group_v
+    heads_k = H // group_k
+    heads_v = H // group_v
+    start = tl.load(cursor_ptr)
+    count = tl.load(cursor_ptr + 1)
+
+    key = tl.arange(0, BK)
+    value = i_v * BV + tl.arange(0, BV)
+    mask_k = key < K
+    mask_v = value < V
+    o_state = base_ptr + i_bh * K * V + key[:, None] * V + value[None, :]
+    mask_s = mask_k[:, None] & mask_v[None, :]
+    S = tl.load(o_state, mask=mask_s, other=0.0)
+
+    # Buffered tokens, oldest first.
+    n = tl.arange(0, BN)
+    slot = (start + n) % R
+    held = n < count
+    kb = tl.load(
+        keys_ptr + ((i_b * R + slot) * heads_k + h_k)[:, None] * K + key[None, :],
+        mask=held[:, None] & mask_k[None, :], other=0.0,
+    )  # fmt: skip
+    vb = tl.load(
+        values_ptr + ((i_b * R + slot) * heads_v + h_v)[:, None] * V + value[None, :],
+        mask=held[:, None] & mask_v[None, :], other=0.0,
+    )  # fmt: skip
+    gb = tl.load(decays_ptr + (i_b * R + slot) * H + i_h, mask=held, other=0.0)
+    Gb, Gb_all = running_sum(gb, IS_FP32)
+
+    # New tokens.
+    t = tl.arange(0, BT)
+    new = t < T
+    q_at = q_ptr + i_b * sqb + (i_h // group_q) * sqh
+    k_at = k_ptr + i_b * skb + h_k * skh
+    v_at = v_ptr + i_b * svb + h_v * svh
+    if DECAY == 0:
+        g = tl.zeros((BT,), dtype=tl.float32)
+    elif DECAY == 1:
+        g = tl.where(new, tl.load(g_ptr + i_h), 0.0)
+    else:
+        g = tl.load(g_ptr + i_b * sgb + t * sgt + i_h * sgh, mask=new, other=0.0)
+
+    if BT == 1:
+        q = tl.load(q_at + key, mask=mask_k, other=0.0).to(tl.float32)
+        k = tl.load(k_at + key, mask=mask_k, other=0.0)
+        v = tl.load(v_at + value, mask=mask_v, other=0.0)
+        g_now = tl.sum(g, 0)
+        to_now = tl.exp((Gb_all - Gb + g_now).to(tl.float32))
+        weight = tl.where(held, tl.sum(kb.to(tl.float32) * q[None, :], 1) * to_now, 0.0)
+        o = tl.sum(q[:, None] * S, 0) * tl.exp((Gb_all + g_now).to(tl.float32))
+        o += tl.sum(weight[:, None] * vb.to(tl.float32), 0)
+        o += tl.sum(q * k.to(tl.float32), 0) * v.to(tl.float32)
+        tl.store(out_ptr + i_bh * V + value, (o * scale).to(out_ptr.dtype.element_ty), mask=mask_v)
+    else:
+        tile_k = new[:, None] & mask_k[None, :]
+        tile_v = new[:, None] & mask_v[None, :]
+        q = tl.load(q_at + t[:, None] * sqt + key[None, :], mask=tile_k, other=0.0)
+        k = tl.load(k_at + t[:, None] * skt + key[None, :], mask=tile_k, other=0.0)
+        v = tl.load(v_at + t[:, None] * svt + value[None, :], mask=tile_v, other=0.0)
+        G, _ = running_sum(g, IS_FP32)
+        lag = G[:, None] - G[None, :]
+        causal = t[:, None] >= t[None, :]
+        A = dot(q, tl.trans(k)) * tl.exp(tl.where(causal, lag, 0.0).to(tl.float32))
+        A = tl.where(causal, A, 0.0)
+        A_b = dot(q, tl.trans(kb)) * tl.exp((G[:, None] + (Gb_all - Gb)[None, :]).to(tl.float32))
+        A_b = tl.where(held[None, :], A_b, 0.0)
+        o = state_dot(q, S, IS_FP16) * tl.exp((G + Gb_all).to(tl.float32))[:, None]
+        o += narrow_dot(A, v, IS_FP16)
+        o += narrow_dot(A_b, vb, IS_FP16)
+        tl.store(
+            out_ptr + (i_b * T * H + i_h) * V + t[:, None] * (H * V) + value[None, :],
+            (o * scale).to(out_ptr.dtype.element_ty),
+            mask=tile_v,
+        )
+
+    # Fold the oldest tokens where the new ones find no room. Folding is float32 in TF32 products at most: the factors
+    # come from 16-bit inputs, so it loses nothing that they had.
+    folded = count * 0
+    if count + T > N:
+        folded = tl.minimum(count, count + T - tl.maximum(keep, T))
+    if folded > 0:
+        old = n < folded
+        G_old = tl.sum(tl.where(old, gb, 0.0).to(Gb.dtype), 0)
+        factor = tl.where(old, tl.exp(tl.where(old, G_old - Gb, 0.0).to(tl.float32)), 0.0)
+        vf = vb.to(tl.float32) * factor[:, None]
+        if IS_FP32:
+            update = dot(tl.trans(kb), vf)
+        else:
+            update = tl.dot(tl.trans(kb.to(tl.float32)), vf, input_precision="tf32")
+        tl.store(o_state, S * tl.exp(G_old.to(tl.float32)) + update, mask=mask_s)
+
+    # Append. Slots behind the buffered ones: 2 N of them, so none that is read in this launch is written.
+    at = (start + count + t) % R
+    if i_h % group_v == 0:
+        to_value = values_ptr + ((i_b * R + at) * heads_v + h_v)[:, None] * V + value[None, :]
+        tile = new[:, None] & mask_v[None, :]
+        v_new = tl.load(v_at + t[:, None] * svt + value[None, :], mask=tile, other=0.0)
+        tl.store(to_value, v_new, mask=tile)
+    if i_v == 0:
+        tl.store(decays_ptr + (i_b * R + at) * H + i_h, g, mask=new)
+        if i_h % group_k == 0:
+            to_key = keys_ptr + ((i_b * R + at) * heads_k + h_k)[:, None] * K + key[None, :]
+            tile = new[:, None] & mask_k[None, :]
+            k_new = tl.load(k_at + t[:, None] * skt + key[None, :], mask=tile, other=0.0)
+            tl.store(to_key, k_new, mask=tile)
+
+    # The last program of the launch moves the cursor: by then every other has read it.
+    if tl.atomic_add(cursor_ptr + 2, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(cursor_ptr, (start + folded) % R)
+        tl.store(cursor_ptr + 1, count - folded + T)
+        tl.store(cursor_ptr + 2, 0)
+
+
+def step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    base: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    log_decays: torch.Tensor,
+    cursor: torch.Tensor,
+    scale: float,
+    buffer: int,
+    keep: int,
+) -> torch.Tensor:
+    """Advance the decode state held by base, keys, values, log_decays and cursor by T tokens; returns o [B, T, H, V]."""
+    batch, tokens = q.shape[:2]
+    heads, width_k, width_v = base.shape[1:]
+    out = q.new_empty(batch, tokens, heads, width_v)
+    if out.numel() == 0:
+        return out
+    decay = 0 if log_decay is None else (1 if log_decay.dim() == 1 else 2)
+    sg = log_decay.stride() if log_decay is not None and decay == 2 else (0, 0, 0)
+    config = tuning.step_config(width_k, width_v)
+    step_kernel[(triton.cdiv(width_v, config.block_v) * batch * heads,)](
+        q, k, v, log_decay, base, keys, values, log_decays, cursor, out,
+        tokens, heads, heads // q.shape[2], heads // k.shape[2], heads // v.shape[2], scale, keep,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sg,
+        K=width_k, V=width_v, BK=tuning.block_of(width_k), BV=config.block_v, N=buffer, BN=tuning.block_of(buffer),
+        BT=1 if tokens == 1 else tuning.block_of(tokens), DECAY=decay,
+        IS_FP32=q.dtype == torch.float32, IS_FP16=q.dtype == torch.float16, num_warps=config.warps, num_stages=1,
+    )  # fmt: skip
+    return out

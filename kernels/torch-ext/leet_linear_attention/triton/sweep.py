@@ -1,0 +1,182 @@
+"""One kernel for every pass over time: a state in registers, chunk after chunk, in either direction of time.
+
+With rows ``a``, keys ``b`` and values ``c`` the sweep computes, for tokens i and j of one sequence and head,
+
+    out_i = scale * ( sum_j D_ij (a_i . b_j) c_j  +  decay to the token * a_i^T S )
+    S     = (decay over the chunk) * S  +  sum_j (decay to the chunk's end) * b_j c_j^T
+
+(backward in time ``scale`` stands before the sums over j instead). Forward in time (j <= i) that is the operator itself, (a, b, c) = (q, k, v), and the gradient of q, (do, v, k). Backward
+in time (j >= i) it is the gradient of v, (k, q, do), and of k, (v, do, q). Every pass therefore reads three tensors and
+writes one; no state goes to memory unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import dot, narrow_dot, state_dot, token_decay
+
+
+@triton.jit(
+    do_not_specialize=[
+        "T", "segment", "n_segments", "H", "group_a", "group_b", "group_c",
+        "sab", "sat", "sah", "sbb", "sbt", "sbh", "scb", "sct", "sch", "sgb", "sgt", "sgh", "ssx", "ssy",
+    ]
+)  # fmt: skip
+def sweep_kernel(
+    a_ptr, b_ptr, c_ptr, g_ptr, out_ptr, s_in_ptr, s_out_ptr, g_sum_ptr, chunks_ptr, cu_ptr,
+    T, segment, n_segments, H, group_a, group_b, group_c, scale,
+    sab, sat, sah, sbb, sbt, sbh, scb, sct, sch, sgb, sgt, sgh, ssx, ssy,
+    X: tl.constexpr, Y: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr,
+    HAS_OUT: tl.constexpr, HAS_S_IN: tl.constexpr, HAS_S_OUT: tl.constexpr, HAS_CHUNKS: tl.constexpr,
+    SEGMENTED: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
+):  # fmt: skip
+    """Grid (sequences * H * segments * blocks of Y,), blocks fastest. ``X`` is the width of a and b, ``Y`` of c and out; S is [X, Y]."""
+    BLOCKS: tl.constexpr = (Y + BY - 1) // BY
+    i_y = tl.program_id(0) % BLOCKS
+    i_s = (tl.program_id(0) // BLOCKS) % n_segments
+    i_nh = (tl.program_id(0) // BLOCKS // n_segments).to(tl.int64)
+    i_n = i_nh // H
+    i_h = i_nh % H
+    LOW = c_ptr.dtype.element_ty
+
+    if PACKED:
+        bos = tl.load(cu_ptr + i_n).to(tl.int64)
+        length = (tl.load(cu_ptr + i_n + 1).to(tl.int64) - bos).to(tl.int32)
+        i_b = bos * 0
+    else:
+        bos = i_n * 0
+        length = T
+        i_b = i_n
+    begin = i_s * segment
+    end = tl.minimum(begin + segment, length)
+    n_tokens = tl.maximum(end - begin, 0)
+    n_chunks = tl.cdiv(n_tokens, C)
+
+    # Strides come divided by ALIGN: the product tells the compiler that loads may be 16 bytes wide.
+    sat *= ALIGN
+    sbt *= ALIGN
+    sct *= ALIGN
+    a_ptr += i_b * sab * ALIGN + bos * sat + (i_h // group_a) * sah * ALIGN
+    b_ptr += i_b * sbb * ALIGN + bos * sbt + (i_h // group_b) * sbh * ALIGN
+    c_ptr += i_b * scb * ALIGN + bos * sct + (i_h // group_c) * sch * ALIGN
+    row = (i_b * T + bos) * H + i_h  # of out, [B, T, H, Y] contiguous
+    out_ptr += row * Y
+
+    g_head = 0.0
+    if DECAY == 1:
+        g_head = tl.load(g_ptr + i_h)
+    if DECAY == 2:
+        g_ptr += i_b * sgb + bos * sgt + i_h * sgh
+
+    r = tl.arange(0, C)
+    x = tl.arange(0, BX)
+    y = i_y * BY + tl.arange(0, BY)
+    mask_x = x < X
+    mask_y = y < Y
+    o_state = x[:, None] * ssx + y[None, :] * ssy
+    mask_state = mask_x[:, None] & mask_y[None, :]
+    i_state = (i_nh * n_segments + i_s) * X * Y
+
+    S = tl.zeros((BX, BY), dtype=tl.float32)
+    if HAS_S_IN:
+        S += tl.load(s_in_ptr + i_state + o_state, mask=mask_state, other=0.0)
+    # Backward in time the state is a gradient, and the operator's scale belongs into it.
+    state_scale = scale if REVERSE else 1.0
+    out_scale = 1.0 if REVERSE else scale
+    g_total = tl.zeros((), dtype=tl.float32)
+
+    lag = (r[None, :] - r[:, None]) if REVERSE else (r[:, None] - r[None, :])
+    causal = lag >= 0
+    if DECAY == 1:
+        # one decay per head: the same matrix for every chunk
+        D = tl.where(causal, tl.exp(g_head * tl.where(causal, lag, 0).to(tl.float32)), 0.0)
+        from_start = tl.exp(g_head * (r + 1).to(tl.float32))
+
+    for i in range(0, n_chunks):
+        if REVERSE:
+            i_c = n_chunks - 1 - i
+        else:
+            i_c = i
+        t0 = (begin + i_c * C).to(tl.int64)
+        n_valid = tl.minimum(end - begin - i_c * C, C)
+        mask_t = r < n_valid
+
+        b = tl.load(b_ptr + t0 * sbt + (r[:, None] * sbt + x[None, :]), mask=mask_t[:, None] & mask_x[None, :], other=0.0)
+        c = tl.load(c_ptr + t0 * sct + (r[:, None] * sct + y[None, :]), mask=mask_t[:, None] & mask_y[None, :], other=0.0)
+
+        if DECAY == 1:
+            to_last = tl.exp(g_head * tl.maximum(n_valid - 1 - r, 0).to(tl.float32))
+            to_row = to_last if REVERSE else from_start
+            to_end = from_start if REVERSE else to_last
+            g_chunk = g_head * n_valid.to(tl.float32)
+        if DECAY == 2:
+            G, G_end = token_decay(g_ptr, sgt, t0, n_valid, C, IS_FP32)
+            to_row = tl.exp(((G_end - G) if REVERSE else G).to(tl.float32))
+            to_end = tl.exp((G if REVERSE else (G_end - G)).to(tl.float32))
+            g_chunk = G_end.to(tl.float32)
+
+        if HAS_CHUNKS:
+            # the state that meets this chunk, for the gradient of log_decay
+            i_first = (bos // C + i_n) if PACKED else i_n * tl.cdiv(T, C)
+            slot = ((i_first + (begin // C) + i_c) * H + i_h) * X * Y
+            tl.store(chunks_ptr + slot + o_state, S.to(chunks_ptr.dtype.element_ty), mask=mask_state)
+
+        if HAS_OUT:
+            a = tl.load(
+                a_ptr + t0 * sat + (r[:, None] * sat + x[None, :]), mask=mask_t[:, None] & mask_x[None, :], other=0.0
+            )
+            A = dot(a, tl.trans(b))
+            if DECAY == 2:
+                log_d = (G[None, :] - G[:, None]) if REVERSE else (G[:, None] - G[None, :])
+                A *= tl.exp(tl.where(causal, log_d, 0.0).to(tl.float32))
+            if DECAY == 1:
+                A *= D
+            else:
+                A = tl.where(causal, A, 0.0)
+            o = state_dot(a, S, IS_FP16)
+            if DECAY != 0:
+                o *= to_row[:, None]
+            o += narrow_dot(A * state_scale, c, IS_FP16)
+            tl.store(
+                out_ptr + t0 * H * Y + (r[:, None] * (H * Y) + y[None, :]),
+                (o * out_scale).to(out_ptr.dtype.element_ty),
+                mask=mask_t[:, None] & mask_y[None, :],
+            )
+
+        if DECAY != 0:
+            S *= tl.exp(g_chunk)
+            g_total += g_chunk
+            c = (c * (to_end * state_scale)[:, None]).to(LOW)
+        elif REVERSE:
+            c = (c * state_scale).to(LOW)
+        S += dot(tl.trans(b), c)
+
+    if HAS_S_OUT:
+        tl.store(s_out_ptr + i_state + o_state, S, mask=mask_state)
+    if SEGMENTED and i_y == 0:
+        tl.store(g_sum_ptr + i_nh * n_segments + i_s, g_total)
+
+
+@triton.jit(do_not_specialize=["n_segments", "XY"])
+def scan_kernel(
+    states_ptr, g_sum_ptr, s_in_ptr, s_out_ptr, n_segments, XY,
+    REVERSE: tl.constexpr, HAS_S_IN: tl.constexpr, HAS_S_OUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Turn the segments' own end states into the state each segment starts from, in place. Grid (sequences * H, blocks)."""
+    i_nh = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = e < XY
+    S = tl.zeros((BLOCK,), dtype=tl.float32)
+    if HAS_S_IN:
+        S += tl.load(s_in_ptr + i_nh * XY + e, mask=mask, other=0.0)
+    for i in range(0, n_segments):
+        i_s = (n_segments - 1 - i) if REVERSE else i
+        at = states_ptr + (i_nh * n_segments + i_s) * XY + e
+        own = tl.load(at, mask=mask, other=0.0)
+        tl.store(at, S, mask=mask)
+        S = S * tl.exp(tl.load(g_sum_ptr + i_nh * n_segments + i_s)) + own
+    if HAS_S_OUT:
+        tl.store(s_out_ptr + i_nh * XY + e, S, mask=mask)

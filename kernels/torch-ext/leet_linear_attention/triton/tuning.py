@@ -1,0 +1,117 @@
+"""Block shapes by head widths and dtype: a table, so that nothing is measured at run time.
+
+A configuration depends on the widths and the dtype only, never on batch, length or heads: another shape never compiles
+again. On devices with less shared memory than the table was made for (H100, 227 KiB a block) the stages, then the
+blocks, shrink until the tiles fit.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+class SweepConfig(NamedTuple):
+    """chunk: tokens a step; block_y: columns of the state a program holds; warps, stages: launch options."""
+
+    chunk: int
+    block_y: int
+    warps: int
+    stages: int
+
+
+# (state rows, 16-bit inputs?) -> configuration
+_SWEEP = {
+    (16, True): SweepConfig(64, 64, 4, 3),
+    (32, True): SweepConfig(64, 64, 4, 3),
+    (64, True): SweepConfig(64, 64, 4, 3),
+    (128, True): SweepConfig(64, 64, 4, 3),
+    (256, True): SweepConfig(32, 64, 8, 3),
+    (512, True): SweepConfig(32, 32, 8, 2),
+    (16, False): SweepConfig(32, 32, 4, 2),
+    (32, False): SweepConfig(32, 32, 4, 2),
+    (64, False): SweepConfig(32, 32, 4, 2),
+    (128, False): SweepConfig(32, 32, 4, 2),
+    (256, False): SweepConfig(16, 32, 8, 1),
+    (512, False): SweepConfig(16, 16, 8, 1),
+}
+
+
+def block_of(width: int) -> int:
+    """Smallest power of two that holds ``width``, at least 16 (what the matrix units take)."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=None)
+def shared_memory(device_index: int) -> int:
+    """Bytes of shared memory one block may use on a CUDA device."""
+    properties = torch.cuda.get_device_properties(device_index)
+    return int(getattr(properties, "shared_memory_per_block_optin", 99 * 1024))
+
+
+@functools.lru_cache(maxsize=None)
+def processors(device_index: int) -> int:
+    """Streaming multiprocessors of a CUDA device."""
+    return int(torch.cuda.get_device_properties(device_index).multi_processor_count)
+
+
+@functools.lru_cache(maxsize=None)
+def sweep_config(x: int, y: int, itemsize: int, device_index: int) -> SweepConfig:
+    """Configuration of a sweep whose state is [x, y]. ``device_index`` -1 stands for Triton's interpreter."""
+    rows = block_of(x)
+    config = _SWEEP[(rows, itemsize == 2)]
+    config = config._replace(block_y=min(config.block_y, block_of(y)))
+    if device_index < 0:
+        return config
+    limit = shared_memory(device_index)
+    while _sweep_bytes(config, rows, itemsize) > limit:
+        if config.stages > 1:
+            config = config._replace(stages=config.stages - 1)
+        elif config.block_y > 16:
+            config = config._replace(block_y=config.block_y // 2)
+        elif config.chunk > 16:
+            config = config._replace(chunk=config.chunk // 2)
+        else:
+            break
+    return config
+
+
+def _sweep_bytes(config: SweepConfig, rows: int, itemsize: int) -> int:
+    """Estimate of the shared memory of a sweep: the staged tiles, and the state and products on their way to a dot."""
+    tiles = config.chunk * (2 * rows + config.block_y) * itemsize * config.stages
+    operands = rows * config.block_y * itemsize + config.chunk * config.chunk * itemsize
+    return tiles + operands
+
+
+def segments(tokens: int, chunk: int, programs: int, device_index: int) -> tuple[int, int]:
+    """(number of segments, tokens in one) for sequences of at most ``tokens`` when one segment gives ``programs`` programs.
+
+    Segments cost a second reading of keys and values, so they are cut only where the device would stand idle.
+    """
+    if device_index < 0:
+        wanted = 2 if tokens > 4 * chunk else 1
+    else:
+        wanted = (2 * processors(device_index)) // max(programs, 1)
+    longest = max(1, tokens // (4 * chunk))
+    count = max(1, min(wanted, longest))
+    if count < 3 and device_index >= 0:
+        count = 1
+    length = -(-tokens // count)
+    length = -(-length // chunk) * chunk
+    return -(-tokens // length), length
+
+
+class StepConfig(NamedTuple):
+    """block_v: columns of the state one program of the decode step holds; warps: launch option."""
+
+    block_v: int
+    warps: int
+
+
+@functools.lru_cache(maxsize=None)
+def step_config(key_dim: int, value_dim: int) -> StepConfig:
+    """Configuration of the decode step: a tile of about 8192 state entries a program."""
+    block_v = max(16, min(block_of(value_dim), 64, 8192 // block_of(key_dim)))
+    return StepConfig(block_v, 4)
