@@ -1,12 +1,13 @@
 """Argument checks: every error names the argument, what it was, what it must be and what to do.
 
-Shapes, dtypes and devices are compared always: attributes only, so nothing waits for a device and torch.compile can trace
-it. Values are looked at on CPU tensors always, on other devices only under the environment variable LEET_CHECK_VALUES=1,
-never while tracing.
+Shapes, dtypes and devices are compared always: attributes only, so nothing waits for a device and torch.compile can
+trace it. Values are looked at on CPU tensors always, on other devices only under the environment variable
+LEET_CHECK_VALUES=1, never while tracing.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import TYPE_CHECKING, NoReturn
 
@@ -32,7 +33,7 @@ def check_linear_attention(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    """Raise ValueError (TypeError for what is not a tensor or number) unless `linear_attention` can take these arguments."""
+    """Raise ValueError, or TypeError for what is no tensor, unless `linear_attention` can take these arguments."""
     _check_query(q, k, scale)
     _check_tokens("k", k, q.shape, q.dtype, q.device)
     _check_tokens("v", v, q.shape, q.dtype, q.device)
@@ -124,7 +125,7 @@ def check_append(k: Tensor, v: Tensor, log_decay: Tensor | None, state: DecodeSt
             "k",
             f"brings T={k.shape[1]} tokens",
             f"at most the decode state's buffer of {state.buffer}",
-            "allocate the state with a larger buffer, or use linear_attention with initial_state=state.fold() and state.load its final state",
+            "allocate a larger buffer, or use linear_attention from state.fold() on and state.load its final state",
         )
     if log_decay is not None:
         _check_log_decay(log_decay, k)
@@ -280,7 +281,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
             _fail("cu_seqlens", f"starts at {bounds[0]}", "0 at the start", remedy)
         if bounds[-1] != tokens:
             _fail("cu_seqlens", f"ends at {bounds[-1]}", f"T={tokens} at the end", remedy)
-        for n, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
             if end < begin:
                 _fail("cu_seqlens", f"goes down from {begin} to {end} at entry {n + 1}", "non-decreasing", remedy)
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
-# Scores (chunk x chunk), states and tokens of one segment stay below this many numbers each: few enough for a CPU's cache
-# and to bound the memory of a long sequence, enough that the Python loop over segments costs little.
+# Scores (chunk x chunk), states and tokens of one segment stay below this many numbers each: few enough for a CPU's
+# cache and to bound the memory of a long sequence, enough that the Python loop over segments costs little.
 SEGMENT_NUMBERS = {"cpu": 1 << 18}
 SEGMENT_NUMBERS_DEVICE = 1 << 24
 
@@ -36,7 +36,7 @@ class Chunking:
     def _pack(self, tokens: int, cu_seqlens: Tensor, device: torch.device) -> None:
         sequences = cu_seqlens.numel() - 1
         mean = -(-tokens // max(1, sequences))
-        # Chunks near the mean length bound the padding: at most about three cells per token however short the sequences are.
+        # Chunks near the mean length bound the padding: about three cells per token however short the sequences are.
         self.chunk = max(1, min(CHUNK, 1 << (mean - 1).bit_length() if mean else 1))
         self.count = tokens // self.chunk + min(sequences, tokens)
         bounds = cu_seqlens.to(torch.int64)
@@ -72,7 +72,7 @@ class Chunking:
         return (self.lengths[lo:hi, None] - 1 - self.rows).clamp_min_(0)
 
     def take(self, x: Tensor, lo: int, hi: int, dtype: torch.dtype) -> Tensor:
-        """Chunks lo to hi of `x` `[B, T, h, D]` as a new contiguous `[n, B, h, chunk, D]` in `dtype`, zero where padded."""
+        """Chunks lo to hi of `x` `[B, T, h, D]` as a new contiguous `[n, B, h, chunk, D]`, 0 where padded."""
         n, c = hi - lo, self.chunk
         batch, _, heads, width = x.shape
         if self.packed:
@@ -118,25 +118,31 @@ class Chunking:
         """Run `x <- decay * x + update` over chunks lo to hi and return the x each chunk was given.
 
         chunks `[n + 1, B, H, K, V]`: the updates, with the x carried in from outside in the slot before them (after
-        them if `reverse`); overwritten with the x after each chunk. decay broadcasts to `[n, B, H, 1, 1]`. given: with
+        them if `reverse`); overwritten with the x after each chunk. decay (float64) broadcasts to `[n, B, H, 1, 1]`. given: with
         packing, the x `[N, H, K, V]` with which every sequence begins (None is zero).
         """
         n = hi - lo
         slots = chunks.unbind(0)
-        decays = decay.expand(n, *chunks.shape[1:3], 1, 1).unbind(0)
+        # A factor near 1, rounded, leans the same way at every chunk: over hundreds of chunks that would cost a digit. The
+        # rest is added to the update first, where it is not yet below the last digit.
+        rounded = decay.to(chunks.dtype)
+        decays, rests = (
+            x.expand(n, *chunks.shape[1:3], 1, 1).unbind(0) for x in (rounded, (decay - rounded).to(chunks.dtype))
+        )
         steps = [(c + 1, c, c) if reverse else (c, c + 1, c) for c in range(n)]
         if reverse:
             steps.reverse()
         before = chunks[1:] if reverse else chunks[:-1]
         if not self.packed:
             for source, target, c in steps:
-                slots[target].addcmul_(slots[source], decays[c])
+                slots[target].addcmul_(slots[source], rests[c]).addcmul_(slots[source], decays[c])
             return before
         begins = (self.last if reverse else self.first)[lo:hi, None, None, None, None]
         # where, not a product with 0: what is not a number in one sequence stays there.
         begin = torch.zeros_like(before) if given is None else given[self.owner[lo:hi], None]
         for source, target, c in steps:
-            slots[target].addcmul_(torch.where(begins[c], begin[c], slots[source]), decays[c])
+            x = torch.where(begins[c], begin[c], slots[source])
+            slots[target].addcmul_(x, rests[c]).addcmul_(x, decays[c])
         return torch.where(begins, begin, before)
 
     def ends(self, given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

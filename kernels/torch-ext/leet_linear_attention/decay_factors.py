@@ -20,7 +20,7 @@ class ChunkDecay:
     pair: Tensor  # [.., c, c]  from key i (column) to query t (row), 0 where i > t
     query: Tensor  # [.., c, 1]  from the entering state to query t
     key: Tensor  # [.., c, 1]  from key i to the end of the chunk
-    whole: Tensor  # [.., 1, 1]  over the whole chunk
+    whole: Tensor  # [.., 1, 1]  over the whole chunk, float64
 
 
 class DecayFactors:
@@ -48,7 +48,7 @@ class DecayFactors:
             pair=self._factor(self.per_head * chunking.steps).tril_(),
             query=self._factor(self.per_head * (rows + 1)),
             key=self._factor(self.per_head * (chunking.chunk - 1 - rows)),
-            whole=self._factor(self.per_head * chunking.chunk),
+            whole=(self.per_head * chunking.chunk).exp(),
         )
 
     def of(self, lo: int, hi: int) -> ChunkDecay:
@@ -59,14 +59,14 @@ class DecayFactors:
                 return self.full
             key = self.per_head * cut.remaining(lo, hi)[:, None, None, :, None]
             whole = self.per_head * cut.lengths[lo:hi, None, None, None, None]
-            return ChunkDecay(self.full.pair, self.full.query, self._factor(key), self._factor(whole))
+            return ChunkDecay(self.full.pair, self.full.query, self._factor(key), whole.exp())
         running = cut.take(self.per_token, lo, hi, torch.float64).cumsum_(3)
         if running.shape[2] != self.heads:
             running = running.repeat_interleave(self.heads // running.shape[2], dim=2)
         end = running[..., -1:, :]
         # Above the diagonal the difference is positive: taken away before exp can overflow.
         pair = self._factor((running - running.transpose(-1, -2)).clamp_max_(0)).tril_()
-        return ChunkDecay(pair, self._factor(running), self._factor(end - running), self._factor(end))
+        return ChunkDecay(pair, self._factor(running), self._factor(end - running), end.exp())
 
     def _factor(self, log: Tensor) -> Tensor:
         return log.to(self.dtype).exp()

@@ -2,11 +2,13 @@
 
     S_t = exp(g_t) S_{t-1} + k_t v_t^T        o_t = scale * q_t^T S_t
 
-Both take `linear_attention`'s arguments (without `method`), compute in float64 whatever they are given, return float64 and
-can be differentiated by autograd.
+Both take `linear_attention`'s arguments (without `method`), compute in float64 whatever they are given, return float64
+and can be differentiated by autograd.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,10 +29,11 @@ def recurrent(
 
     def sequence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         outputs = []
-        for t in range(q.shape[1]):
-            state = torch.exp(g[:, t, :, None, None]) * state + k[:, t, :, :, None] * v[:, t, :, None, :]
-            outputs.append(scale * (q[:, t, :, :, None] * state).sum(-2))
-        return torch.stack(outputs, 1) if outputs else torch.zeros_like(v), state
+        tokens = (q.unsqueeze(-2), k.unsqueeze(-1), v.unsqueeze(-2), g[..., None, None].exp())
+        for q_t, k_t, v_t, gamma_t in zip(*(x.unbind(1) for x in tokens), strict=True):
+            state = torch.addcmul(k_t * v_t, gamma_t, state)
+            outputs.append(q_t @ state)
+        return scale * torch.cat(outputs, -2).transpose(1, 2) if outputs else v, state
 
     return _each_sequence(sequence, q, k, v, log_decay, initial_state, output_final_state, cu_seqlens)
 
@@ -63,7 +66,16 @@ def quadratic(
     return _each_sequence(sequence, q, k, v, log_decay, initial_state, output_final_state, cu_seqlens)
 
 
-def _each_sequence(sequence, q, k, v, log_decay, initial_state, output_final_state, cu_seqlens):  # type: ignore[no-untyped-def]
+def _each_sequence(
+    sequence: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     """Bring the arguments to float64 and one head count, and call `sequence` once per sequence of a packed row."""
     tokens = q.shape[1]
     shapes = [q.shape[2], k.shape[2], v.shape[2]]

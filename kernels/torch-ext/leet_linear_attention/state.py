@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,10 @@ from .torch_step import fold_tokens, per_token
 class DecodeState:
     """Everything a recurrent layer keeps between decode steps of one batch.
 
-    base `[B, H, K, V]` float32: the state of all tokens but the buffered ones. keys `[B, R, Hk, K]`, values `[B, R, Hv, V]`
-    in the model's dtype and log_decays `[B, R, H]` float32: a ring of R = 2 * buffer slots. cursor int32 `[3]`: start,
-    count, ticket; slots (start + i) % R, i < count, are the tokens not yet in base (ticket belongs to the Triton step and
-    is 0 between calls). With dtype float64 all numbers are float64.
+    base `[B, H, K, V]` float32: the state of all tokens but the buffered ones. keys `[B, R, Hk, K]`, values
+    `[B, R, Hv, V]` in the model's dtype and log_decays `[B, R, H]` float32: a ring of R = 2 * buffer slots. cursor
+    int32 `[3]`: start, count, ticket; slots (start + i) % R, i < count, are the tokens not yet in base (ticket belongs
+    to the Triton step and is 0 between calls). With dtype float64 all numbers are float64.
 
     buffer: the most tokens held, and the most one step may bring. keep: how many of the last tokens can always be taken
     back, as far as that many were ever added and not taken back.
@@ -132,7 +133,8 @@ class DecodeState:
         """Row b becomes row index[b], in place; index `[B]`, as beam search gives it. Raises ValueError."""
         if index.dim() != 1 or index.shape[0] != self.base.shape[0]:
             raise ValueError(
-                f"index has shape {tuple(index.shape)}; reorder needs one entry per row, [{self.base.shape[0]}] (use select to change the batch)"
+                f"index has shape {list(index.shape)}, must be [B] = [{self.base.shape[0]}], one entry per row: "
+                "use select to change the batch"
             )
         for x in self._rows():
             x.copy_(x.index_select(0, index.to(x.device)))
@@ -152,11 +154,11 @@ class DecodeState:
     def _rows(self) -> tuple[Tensor, ...]:
         return self.base, self.keys, self.values, self.log_decays
 
-    def _replace(self, change) -> None:  # type: ignore[no-untyped-def]
+    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
         self.base, self.keys, self.values, self.log_decays = (change(x) for x in self._rows())
 
     def _fold_oldest(self, fold: Tensor) -> None:
-        """Take the `fold` oldest tokens (a device scalar) into base: all slots are worked on, those of others masked."""
+        """Take the `fold` oldest tokens (a device scalar) into base: works on every slot, masking the others."""
         steps = torch.arange(self.buffer, device=self.base.device)
         held = (self.cursor[0] + steps) % self.keys.shape[1]
         out = (steps >= fold)[None, :, None]

@@ -66,7 +66,7 @@ class _Problem:
         )
 
     def carry(self, given: Tensor | None) -> Tensor:
-        """The state carried into the first (or last) segment: what was given; with packing sequences bring their own."""
+        """The state carried into the first (or last) segment: the one given; with packing sequences bring their own."""
         if given is not None and not self.chunking.packed:
             return given.to(self.dtype)
         return torch.zeros((self.batch, *self.state_shape), dtype=self.dtype, device=self.q.device)
@@ -151,7 +151,8 @@ def backward(
         R'   = e^{G_end} R + scale sum_t e^{G_t} q_t do_t^T
         dlog_decay_s = every term whose decay passes s: sum_{i < s <= t} W_ti and likewise for S and R
 
-    The last sums only what decays past s. The shorter q.dq - k.dk also holds the terms i = t, which cancel on paper only.
+    The last sums only what decays past s. The shorter q.dq - k.dk also holds the terms i = t, which cancel on paper
+    only.
     """
     p = _Problem(q, k, v, log_decay, initial_state, cu_seqlens, scale)
     cut = p.chunking
@@ -187,7 +188,7 @@ def backward(
             dlog.add_states(
                 (qc * dq_state).sum(-1),
                 (kc * dk_state).sum(-1),
-                decay.whole[..., 0, 0] * (entering * leaving).sum((-1, -2)),
+                decay.whole[..., 0, 0].to(p.dtype) * (entering * leaving).sum((-1, -2)),
             )
             dlog.put(lo, hi)
         cut.put(dq, (dq_state + products @ kc).mul_(scale), lo, hi)
@@ -203,7 +204,7 @@ def backward(
 
 
 class _LogDecayGradient:
-    """Sums the gradient of log_decay: per token the terms that decay past it, per head each term once per such token."""
+    """Sums the gradient of log_decay: per token the terms that decay past it, per head those of all tokens."""
 
     def __init__(self, problem: _Problem, log_decay: Tensor) -> None:
         self.p = problem
@@ -226,7 +227,7 @@ class _LogDecayGradient:
         self.bounds = (lo, hi)
 
     def add_states(self, queries: Tensor, keys: Tensor, through: Tensor) -> None:
-        """Terms of queries with the entering state, of keys with the leaving `[n, B, H, c]`, of both states `[n, B, H]`."""
+        """Terms of queries and the entering state, keys and the leaving `[n, B, H, c]`, both states `[n, B, H]`."""
         if self.per_token:
             self.chunk += self.from_here @ queries.unsqueeze(-1)
             self.chunk += self.before @ keys.unsqueeze(-1)

@@ -20,7 +20,7 @@ def per_token(log_decay: Tensor | None, like: Tensor, tokens: int) -> Tensor:
 
 
 def running_decay(log_decays: Tensor) -> Tensor:
-    """Running sum over tokens of `[B, n, H]`, as `[B, H, n]` float64: differences of it stay exact enough for fp32 factors."""
+    """Running sum over tokens of `[B, n, H]`, as `[B, H, n]` float64: exact enough for its differences in fp32."""
     return log_decays.double().clamp_min(FLOOR[log_decays.dtype]).cumsum(1).transpose(1, 2)
 
 
@@ -31,7 +31,7 @@ def by_head(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
 
 
 def fold_tokens(base: Tensor, keys: Tensor, values: Tensor, log_decays: Tensor) -> None:
-    """Take tokens into the base state, in place: base `[B, H, K, V]`, keys, values `[B, n, h, D]`, log_decays `[B, n, H]`."""
+    """Take tokens into base `[B, H, K, V]`, in place: keys, values `[B, n, h, D]`, log_decays `[B, n, H]`."""
     heads = base.shape[1]
     running = running_decay(log_decays)
     end = running[..., -1:]
@@ -57,8 +57,8 @@ def step(
     """Advance a decode state by T <= buffer tokens in place and give their outputs `[B, T, H, V]` in q's dtype.
 
     q `[B, T, Hq, K]`, k `[B, T, Hk, K]`, v `[B, T, Hv, V]`; base, keys, values, log_decays and cursor are those of
-    `DecodeState`. The oldest tokens go into base when the buffer would overflow, but never one of the last max(keep, T).
-    Arguments are taken as checked.
+    `DecodeState`. The oldest tokens go into base when the buffer would overflow, but never one of the last
+    max(keep, T). Arguments are taken as checked.
     """
     tokens = q.shape[1]
     batch, heads, _, value_dim = base.shape

@@ -34,7 +34,12 @@ def backward(
     do = do if do.stride(-1) == 1 else do.contiguous()
     do = do.to(q.dtype)
     state = initial_state.contiguous() if initial_state is not None else None
-    dfinal = dfinal.contiguous() if dfinal is not None else None
+    # Backward in time the state gathers q do^T and its results are scaled on their way out, so that no rounding of scaled
+    # inputs enters it; what comes from dfinal goes in divided. Without a scale nothing but dfinal is left of the gradient.
+    if scale == 0.0:
+        do, scale = torch.zeros_like(do), 1.0
+    if dfinal is not None:
+        dfinal = dfinal.contiguous() / scale
 
     forward_states = backward_states = None
     config = config_t = None
@@ -49,18 +54,22 @@ def backward(
         shape = (slots, heads, q.shape[-1], v.shape[-1])
         forward_states, backward_states = q.new_empty(shape), q.new_empty(shape)
 
-    dq, _ = sweep(
+    dq, _, _ = sweep(
         do, v, k, log_decay, heads, state, cu_seqlens,
         scale=scale, transposed=True, chunk_states=forward_states, config=config_t,
     )  # fmt: skip
-    dv, dinitial = sweep(
+    together = q.shape[-1] == v.shape[-1] and not need_log_decay
+    dv, dinitial, dk = sweep(
         k, q, do, log_decay, heads, dfinal, cu_seqlens,
-        scale=scale, reverse=True, final=initial_state is not None, chunk_states=backward_states, config=config,
+        scale=scale, reverse=True, final=initial_state is not None, twin=v if together else None,
+        chunk_states=backward_states, config=config,
     )  # fmt: skip
-    dk, _ = sweep(
-        v, do, q, log_decay, heads, dfinal, cu_seqlens, scale=scale, reverse=True, transposed=True, config=config_t
-    )
-    assert dq is not None and dk is not None and dv is not None
+    if dk is None:
+        dk, _, _ = sweep(
+            v, do, q, log_decay, heads, dfinal, cu_seqlens, scale=scale, reverse=True, transposed=True, config=config_t
+        )
+    if dinitial is not None:
+        dinitial *= scale
     dlog_decay = None
     if need_log_decay:
         assert log_decay is not None and forward_states is not None and backward_states is not None

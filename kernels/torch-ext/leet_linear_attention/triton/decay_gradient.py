@@ -12,24 +12,25 @@ import torch
 import triton
 import triton.language as tl
 
+from ..shapes import sum_groups
 from . import tuning
 from .common import dot, token_decay
 
 
 @triton.jit(
     do_not_specialize=[
-        "T", "H", "group_q", "group_k", "group_v",
+        "T", "H", "group_q", "group_k", "group_v", "group_g",
         "sqb", "sqt", "sqh", "skb", "skt", "skh", "svb", "svt", "svh", "sdb", "sdt", "sdh", "sgb", "sgt", "sgh",
     ]
 )  # fmt: skip
 def decay_gradient_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, g_ptr, s_ptr, r_ptr, dg_ptr, cu_ptr,
-    T, H, group_q, group_k, group_v, scale,
+    T, H, group_q, group_k, group_v, group_g, scale,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sdb, sdt, sdh, sgb, sgt, sgh,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PER_TOKEN: tl.constexpr, PACKED: tl.constexpr, IS_FP32: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequences * H, chunks). s, r: [slots, H, K, V], states before a chunk and gradients behind it."""
+    """Grid (sequences * H, chunks). s, r: [slots, H, K, V], states before a chunk and gradients / scale behind it."""
     i_c = tl.program_id(1)
     i_nh = tl.program_id(0).to(tl.int64)
     i_n = i_nh // H
@@ -61,9 +62,9 @@ def decay_gradient_kernel(
         k = tl.load(k_at + r[:, None] * skt + key[None, :], mask=tile_k, other=0.0)
 
         if PER_TOKEN:
-            G, G_end = token_decay(g_ptr + i_b * sgb + bos * sgt + i_h * sgh, sgt, t0, n_valid, C, IS_FP32)
+            G, G_end = token_decay(g_ptr + i_b * sgb + bos * sgt + (i_h // group_g) * sgh, sgt, t0, n_valid, C, IS_FP32)
         else:
-            g = tl.load(g_ptr + i_h)
+            g = tl.load(g_ptr + i_h // group_g)
             if IS_FP32:
                 g = g.to(tl.float64)
             G = g * tl.minimum(r + 1, n_valid)
@@ -88,8 +89,8 @@ def decay_gradient_kernel(
             columns += tl.sum(dot(k, R) * v.to(tl.float32), 1)
             through += tl.sum(S.to(tl.float32) * R.to(tl.float32), 1)
         rows *= tl.exp(G.to(tl.float32)) * scale
-        columns *= tl.exp((G_end - G).to(tl.float32))
-        crossing = tl.sum(through, 0) * tl.exp(G_end.to(tl.float32))
+        columns *= tl.exp((G_end - G).to(tl.float32)) * scale
+        crossing = tl.sum(through, 0) * tl.exp(G_end.to(tl.float32)) * scale
 
         pairs *= scale * dot(q, tl.trans(k))
         before = r[:, None] > r[None, :]  # i < j, at [j, i]
@@ -99,7 +100,7 @@ def decay_gradient_kernel(
         over = tl.cumsum(pairs, 0, reverse=True)
         dg = tl.sum(tl.where(before, over, 0.0), 1)
         dg += tl.cumsum(rows, 0, reverse=True)
-        dg += tl.cumsum(columns, 0) - columns
+        dg += tl.sum(tl.where(before, columns[None, :], 0.0), 1)  # not cumsum - columns: the token's own would bury the rest
         dg += crossing
         tl.store(dg_ptr + ((i_b * T + bos + t0) + r) * H + i_h, dg, mask=mask_t)
 
@@ -123,14 +124,18 @@ def decay_gradient(
     per_token = log_decay.dim() == 3
     dg = q.new_empty((batch, tokens, heads), dtype=torch.float32)
     block_k = tuning.block_of(q.shape[-1])
-    block_v = min(32 if block_k > 128 else 64, tuning.block_of(v.shape[-1]))
+    block_v = tuning.decay_gradient_block(block_k, v.shape[-1], q.element_size())
+    if dg.numel() == 0:
+        return torch.zeros_like(log_decay)
     decay_gradient_kernel[(sequences * heads, triton.cdiv(tokens, chunk))](
         q, k, v, do, log_decay, states, gradients, dg, cu_seqlens,
-        tokens, heads, heads // q.shape[2], heads // k.shape[2], heads // v.shape[2], scale,
+        tokens, heads, heads // q.shape[2], heads // k.shape[2], heads // v.shape[2],
+        heads // log_decay.shape[-1], scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
         *(log_decay.stride() if per_token else (0, 0, 0)),
         K=q.shape[-1], V=v.shape[-1], C=chunk, BK=block_k, BV=block_v,
         PER_TOKEN=per_token, PACKED=cu_seqlens is not None, IS_FP32=q.dtype == torch.float32,
         num_warps=4 if block_k <= 128 else 8, num_stages=1,
     )  # fmt: skip
+    dg = sum_groups(dg.unsqueeze(-1), log_decay.shape[-1]).squeeze(-1)
     return dg if per_token else dg.sum((0, 1))

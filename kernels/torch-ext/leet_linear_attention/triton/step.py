@@ -24,13 +24,13 @@ def running_sum(g, PRECISE: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "T", "H", "group_q", "group_k", "group_v", "keep",
+        "T", "H", "group_q", "group_k", "group_v", "group_g", "keep",
         "sqb", "sqt", "sqh", "skb", "skt", "skh", "svb", "svt", "svh", "sgb", "sgt", "sgh",
     ]
 )  # fmt: skip
 def step_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, base_ptr, keys_ptr, values_ptr, decays_ptr, cursor_ptr, out_ptr,
-    T, H, group_q, group_k, group_v, scale, keep,
+    T, H, group_q, group_k, group_v, group_g, scale, keep,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sgb, sgt, sgh,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     BT: tl.constexpr, DECAY: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
@@ -81,9 +81,9 @@ def step_kernel(
     if DECAY == 0:
         g = tl.zeros((BT,), dtype=tl.float32)
     elif DECAY == 1:
-        g = tl.where(new, tl.load(g_ptr + i_h), 0.0)
+        g = tl.where(new, tl.load(g_ptr + i_h // group_g), 0.0)
     else:
-        g = tl.load(g_ptr + i_b * sgb + t * sgt + i_h * sgh, mask=new, other=0.0)
+        g = tl.load(g_ptr + i_b * sgb + t * sgt + (i_h // group_g) * sgh, mask=new, other=0.0)
 
     if BT == 1:
         q = tl.load(q_at + key, mask=mask_k, other=0.0).to(tl.float32)
@@ -181,7 +181,8 @@ def step(
     config = tuning.step_config(width_k, width_v)
     step_kernel[(triton.cdiv(width_v, config.block_v) * batch * heads,)](
         q, k, v, log_decay, base, keys, values, log_decays, cursor, out,
-        tokens, heads, heads // q.shape[2], heads // k.shape[2], heads // v.shape[2], scale, keep,
+        tokens, heads, heads // q.shape[2], heads // k.shape[2], heads // v.shape[2],
+        heads // log_decay.shape[-1] if log_decay is not None else 1, scale, keep,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sg,
         K=width_k, V=width_v, BK=tuning.block_of(width_k), BV=config.block_v, N=buffer, BN=tuning.block_of(buffer),
         BT=1 if tokens == 1 else tuning.block_of(tokens), DECAY=decay,

@@ -5,7 +5,7 @@ With rows ``a``, keys ``b`` and values ``c`` the sweep computes, for tokens i an
     out_i = scale * ( sum_j D_ij (a_i . b_j) c_j  +  decay to the token * a_i^T S )
     S     = (decay over the chunk) * S  +  sum_j (decay to the chunk's end) * b_j c_j^T
 
-(backward in time ``scale`` stands before the sums over j instead). Forward in time (j <= i) that is the operator itself, (a, b, c) = (q, k, v), and the gradient of q, (do, v, k). Backward
+Forward in time (j <= i) that is the operator itself, (a, b, c) = (q, k, v), and the gradient of q, (do, v, k). Backward
 in time (j >= i) it is the gradient of v, (k, q, do), and of k, (v, do, q). Every pass therefore reads three tensors and
 writes one; no state goes to memory unless it is asked for.
 """
@@ -20,27 +20,46 @@ from .common import dot, narrow_dot, state_dot, token_decay
 
 @triton.jit(
     do_not_specialize=[
-        "T", "segment", "n_segments", "H", "group_a", "group_b", "group_c",
-        "sab", "sat", "sah", "sbb", "sbt", "sbh", "scb", "sct", "sch", "sgb", "sgt", "sgh", "ssx", "ssy",
+        "T", "segment", "n_segments", "H", "group_a", "group_b", "group_c", "group_g", "group_a2",
+        "sa2b", "sa2t", "sa2h", "sab", "sat", "sah", "sbb", "sbt", "sbh", "scb", "sct", "sch", "sgb", "sgt", "sgh", "ssx", "ssy",
     ]
 )  # fmt: skip
 def sweep_kernel(
-    a_ptr, b_ptr, c_ptr, g_ptr, out_ptr, s_in_ptr, s_out_ptr, g_sum_ptr, chunks_ptr, cu_ptr,
-    T, segment, n_segments, H, group_a, group_b, group_c, scale,
-    sab, sat, sah, sbb, sbt, sbh, scb, sct, sch, sgb, sgt, sgh, ssx, ssy,
+    a_ptr, b_ptr, c_ptr, a2_ptr, g_ptr, out_ptr, out2_ptr, s_in_ptr, s_out_ptr, g_sum_ptr, chunks_ptr, cu_ptr,
+    T, segment, n_segments, H, group_a, group_b, group_c, group_g, group_a2, scale,
+    sa2b, sa2t, sa2h, sab, sat, sah, sbb, sbt, sbh, scb, sct, sch, sgb, sgt, sgh, ssx, ssy,
     X: tl.constexpr, Y: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr,
     HAS_OUT: tl.constexpr, HAS_S_IN: tl.constexpr, HAS_S_OUT: tl.constexpr, HAS_CHUNKS: tl.constexpr,
-    SEGMENTED: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
+    SEGMENTED: tl.constexpr, PAIR: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequences * H * segments * blocks of Y,), blocks fastest. ``X`` is the width of a and b, ``Y`` of c and out; S is [X, Y]."""
+    """Grid (sequences * H * segments * passes * blocks of Y,), blocks fastest.
+
+    ``X`` is the width of a and b, ``Y`` of c and out; S is [X, Y]. With PAIR every other run of blocks does the twin pass
+    (a2, c, b) -> out2, whose state is transposed in memory: the gradients of v and k read the same q and do, and side by
+    side they find them in the cache.
+    """
     BLOCKS: tl.constexpr = (Y + BY - 1) // BY
+    PASSES: tl.constexpr = 2 if PAIR else 1
     i_y = tl.program_id(0) % BLOCKS
-    i_s = (tl.program_id(0) // BLOCKS) % n_segments
-    i_nh = (tl.program_id(0) // BLOCKS // n_segments).to(tl.int64)
+    i_s = (tl.program_id(0) // (BLOCKS * PASSES)) % n_segments
+    i_nh = (tl.program_id(0) // (BLOCKS * PASSES) // n_segments).to(tl.int64)
+    first = True
+    if PAIR:
+        first = (tl.program_id(0) // BLOCKS) % 2 == 0
+        a_ptr = tl.where(first, a_ptr, a2_ptr)
+        b_ptr, c_ptr = tl.where(first, b_ptr, c_ptr), tl.where(first, c_ptr, b_ptr)
+        out_ptr = tl.where(first, out_ptr, out2_ptr)
+        sab, sat, sah = tl.where(first, sab, sa2b), tl.where(first, sat, sa2t), tl.where(first, sah, sa2h)
+        sbb, scb = tl.where(first, sbb, scb), tl.where(first, scb, sbb)
+        sbt, sct = tl.where(first, sbt, sct), tl.where(first, sct, sbt)
+        sbh, sch = tl.where(first, sbh, sch), tl.where(first, sch, sbh)
+        group_a = tl.where(first, group_a, group_a2)
+        group_b, group_c = tl.where(first, group_b, group_c), tl.where(first, group_c, group_b)
+        ssx, ssy = tl.where(first, ssx, ssy), tl.where(first, ssy, ssx)
     i_n = i_nh // H
     i_h = i_nh % H
-    LOW = c_ptr.dtype.element_ty
+    LOW: tl.constexpr = c_ptr.dtype.element_ty
 
     if PACKED:
         bos = tl.load(cu_ptr + i_n).to(tl.int64)
@@ -67,9 +86,9 @@ def sweep_kernel(
 
     g_head = 0.0
     if DECAY == 1:
-        g_head = tl.load(g_ptr + i_h)
+        g_head = tl.load(g_ptr + i_h // group_g)
     if DECAY == 2:
-        g_ptr += i_b * sgb + bos * sgt + i_h * sgh
+        g_ptr += i_b * sgb + bos * sgt + (i_h // group_g) * sgh
 
     r = tl.arange(0, C)
     x = tl.arange(0, BX)
@@ -83,9 +102,6 @@ def sweep_kernel(
     S = tl.zeros((BX, BY), dtype=tl.float32)
     if HAS_S_IN:
         S += tl.load(s_in_ptr + i_state + o_state, mask=mask_state, other=0.0)
-    # Backward in time the state is a gradient, and the operator's scale belongs into it.
-    state_scale = scale if REVERSE else 1.0
-    out_scale = 1.0 if REVERSE else scale
     g_total = tl.zeros((), dtype=tl.float32)
 
     lag = (r[None, :] - r[:, None]) if REVERSE else (r[:, None] - r[None, :])
@@ -139,22 +155,20 @@ def sweep_kernel(
             o = state_dot(a, S, IS_FP16)
             if DECAY != 0:
                 o *= to_row[:, None]
-            o += narrow_dot(A * state_scale, c, IS_FP16)
+            o += narrow_dot(A, c, IS_FP16)
             tl.store(
                 out_ptr + t0 * H * Y + (r[:, None] * (H * Y) + y[None, :]),
-                (o * out_scale).to(out_ptr.dtype.element_ty),
+                (o * scale).to(out_ptr.dtype.element_ty),
                 mask=mask_t[:, None] & mask_y[None, :],
             )
 
         if DECAY != 0:
             S *= tl.exp(g_chunk)
             g_total += g_chunk
-            c = (c * (to_end * state_scale)[:, None]).to(LOW)
-        elif REVERSE:
-            c = (c * state_scale).to(LOW)
+            c = (c * to_end[:, None]).to(LOW)
         S += dot(tl.trans(b), c)
 
-    if HAS_S_OUT:
+    if HAS_S_OUT and first:
         tl.store(s_out_ptr + i_state + o_state, S, mask=mask_state)
     if SEGMENTED and i_y == 0:
         tl.store(g_sum_ptr + i_nh * n_segments + i_s, g_total)

@@ -22,7 +22,7 @@ class SweepConfig(NamedTuple):
     stages: int
 
 
-# (state rows, 16-bit inputs?) -> configuration
+# (state rows, 16-bit inputs?) -> configuration. float32 products are unrolled scalar code: small tiles keep compiling short.
 _SWEEP = {
     (16, True): SweepConfig(64, 64, 4, 3),
     (32, True): SweepConfig(64, 64, 4, 3),
@@ -32,8 +32,8 @@ _SWEEP = {
     (512, True): SweepConfig(32, 32, 8, 2),
     (16, False): SweepConfig(32, 32, 4, 2),
     (32, False): SweepConfig(32, 32, 4, 2),
-    (64, False): SweepConfig(32, 32, 4, 2),
-    (128, False): SweepConfig(32, 32, 4, 2),
+    (64, False): SweepConfig(16, 32, 4, 2),
+    (128, False): SweepConfig(16, 32, 4, 2),
     (256, False): SweepConfig(16, 32, 8, 1),
     (512, False): SweepConfig(16, 16, 8, 1),
 }
@@ -99,8 +99,8 @@ def segments(tokens: int, chunk: int, programs: int, device_index: int) -> tuple
     if count < 3 and device_index >= 0:
         count = 1
     length = -(-tokens // count)
-    length = -(-length // chunk) * chunk
-    return -(-tokens // length), length
+    length = max(1, -(-length // chunk)) * chunk
+    return max(1, -(-tokens // length)), length
 
 
 class StepConfig(NamedTuple):
@@ -115,3 +115,9 @@ def step_config(key_dim: int, value_dim: int) -> StepConfig:
     """Configuration of the decode step: a tile of about 8192 state entries a program."""
     block_v = max(16, min(block_of(value_dim), 64, 8192 // block_of(key_dim)))
     return StepConfig(block_v, 4)
+
+
+def decay_gradient_block(rows: int, value_dim: int, itemsize: int) -> int:
+    """Value columns the gradient of log_decay takes at once beside a chunk's keys of width ``rows``."""
+    wide = 32 if rows > 128 else 64
+    return min(wide if itemsize == 2 else 16, block_of(value_dim))

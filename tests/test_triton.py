@@ -1,0 +1,97 @@
+"""The Triton kernels in Triton's interpreter at small shapes, so that a machine without a GPU guards them too.
+
+With a GPU the same cases run compiled, next to the full table of test_operator.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from leet_linear_attention import DecodeState, linear_attention, linear_attention_step, reference
+from operator_cases import TOLERANCE, Case, errors, make_inputs, run_oracle
+
+pytest.importorskip("triton")
+
+COMPILED = torch.cuda.is_available()
+DEVICE = "cuda" if COMPILED else "cpu"
+# The interpreter cuts float32 to bfloat16 where hardware rounds, which doubles that dtype's error.
+LIMIT = TOLERANCE if COMPILED else {**TOLERANCE, torch.bfloat16: 1.5e-2}
+
+CASES = [
+    Case(tokens=0),
+    Case(tokens=1, decay="head"),
+    Case(tokens=65, decay="none", heads=(2, 1, 2, 2)),
+    Case(tokens=70, decay="head", key_dim=40, value_dim=24, heads=(1, 2, 2, 2)),
+    Case(tokens=70, decay="token", key_dim=24, value_dim=40, heads=(2, 2, 1, 1)),
+    Case(tokens=70, decay="fast", initial=False),
+    Case(tokens=90, decay="reset", packed=True, heads=(2, 1, 2, 2)),
+    Case(tokens=91, decay="head", packed=True, initial=False),
+    Case(tokens=300, decay="head", batch=1, heads=(1, 1, 1, 1)),  # long enough for segments in time
+    Case(tokens=300, decay="token", batch=1, heads=(1, 1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sweeps(case: Case, dtype: torch.dtype) -> None:
+    x = make_inputs(Case(**{**case.__dict__, "dtype": dtype}), DEVICE)
+    # at -30 a token only the recurrent oracle keeps the digits of log_decay's gradient
+    found = errors(x, "triton", run_oracle(x, reference.recurrent if case.decay == "fast" else None))
+    assert max(found.values()) <= LIMIT[dtype], found
+
+
+@pytest.mark.parametrize("decay", ["none", "head"])
+def test_gradients_of_k_and_v_in_one_launch(decay: str) -> None:
+    """A decay that needs no gradient lets both reversed sweeps share a launch, segmented or not."""
+    for tokens in (70, 300):
+        x = make_inputs(Case(tokens=tokens, decay=decay, heads=(2, 1, 2, 2), batch=1), DEVICE)
+        results = []
+        for method in ("torch", "triton"):
+            leaves = [t.clone().requires_grad_() for t in (x.q, x.k, x.v, x.initial_state)]
+            q, k, v, state = leaves
+            o, final = linear_attention(
+                q, k, v, x.log_decay, initial_state=state, output_final_state=True, scale=x.scale, method=method
+            )
+            results.append(torch.autograd.grad((o, final), leaves, (x.do, x.dfinal)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
+
+
+def test_strided_inputs() -> None:
+    """q, k, v as views of one packed projection, and of tensors laid out heads first."""
+    packed = torch.randn(2, 70, 2, 3, 16, device=DEVICE)
+    q, k, v = packed.unbind(3)
+    for views in ((q, k, v), tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))):
+        o, _ = linear_attention(*views, method="triton")
+        wanted, _ = linear_attention(*(t.contiguous() for t in views), method="torch")
+        torch.testing.assert_close(o, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("decay", ["none", "head", "token"])
+def test_step_is_the_sequence(decay: str, dtype: torch.dtype) -> None:
+    """Steps of one and several tokens, with some taken back, give what the whole sequence gives."""
+    x = make_inputs(Case(tokens=40, decay=decay, key_dim=24, value_dim=40, heads=(2, 1, 4, 4), dtype=dtype), DEVICE)
+    state = DecodeState.allocate(2, 4, 24, 40, buffer=8, dtype=dtype, device=DEVICE, key_heads=1, keep=3)
+    assert x.initial_state is not None
+    state.load(x.initial_state)
+
+    def part(t: torch.Tensor, at: int, n: int) -> torch.Tensor:
+        return t[:, at : at + n]
+
+    outputs, at = [], 0
+    for n, taken_back in ((1, 0), (3, 2), (1, 0), (8, 3), (5, 0), (1, 1), (8, 0), (2, 0), (8, 0), (1, 0), (8, 0)):
+        n = min(n, 40 - at)
+        g = part(x.log_decay, at, n) if decay == "token" else x.log_decay
+        o = linear_attention_step(
+            part(x.q, at, n), part(x.k, at, n), part(x.v, at, n), g, state, scale=x.scale, method="triton"
+        )
+        state.rewind(taken_back)
+        outputs.append(o[:, : n - taken_back])
+        at += n - taken_back
+    assert at == 40
+    oracle = run_oracle(x)
+    found = torch.cat(outputs, 1)
+    limit = LIMIT[dtype]
+    assert (found - oracle["o"]).norm() / oracle["o"].norm() <= limit
+    assert (state.fold() - oracle["final_state"]).norm() / oracle["final_state"].norm() <= limit
