@@ -34,7 +34,7 @@ def check_linear_attention(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Raise ValueError, or TypeError for what is no tensor, unless `linear_attention` can take these arguments."""
-    _check_query(q, k, scale)
+    _check_query(q, scale)
     _check_tokens("k", k, q.shape, q.dtype, q.device)
     _check_tokens("v", v, q.shape, q.dtype, q.device)
     if log_decay is not None:
@@ -60,37 +60,16 @@ def check_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale:
         raise TypeError(
             f"state is a {type(state).__name__}; it must be a DecodeState: make one with DecodeState.allocate(...)"
         )
-    _check_query(q, k, scale)
-    heads = state.base.shape[1]
-    if q.dtype != state.keys.dtype:
-        _fail(
-            "q",
-            f"is {q.dtype}",
-            f"the decode state's dtype {state.keys.dtype}",
-            "convert it, or allocate the state with dtype=q.dtype",
-        )
-    if heads % q.shape[2]:
-        _fail(
-            "q",
-            f"has {q.shape[2]} heads",
-            f"a number that divides the {heads} heads of the decode state",
-            "repeat or drop heads",
-        )
     check_append(k, v, log_decay, state)
-    if q.shape[0] != state.base.shape[0]:
-        _fail(
-            "q",
-            f"has batch size {q.shape[0]}",
-            f"the decode state's {state.base.shape[0]}",
-            "use state.select or state.repeat",
-        )
-    if q.device != state.base.device:
-        _fail(
-            "q",
-            f"is on {q.device}",
-            f"the decode state's device {state.base.device}",
-            "move it, or allocate the state there",
-        )
+    _check_query(q, scale)
+    batch, heads, key_dim, _ = state.base.shape
+    if q.shape[0] != batch or q.shape[1] != k.shape[1] or q.shape[3] != key_dim:
+        wanted = f"[B, T, Hq, K] = [{batch}, {k.shape[1]}, Hq, {key_dim}] as k and the decode state have"
+        _fail("q", f"has shape {list(q.shape)}", wanted, "give q, k and v the same tokens")
+    if heads % q.shape[2]:
+        wanted = f"a number that divides the {heads} heads of the decode state"
+        _fail("q", f"has {q.shape[2]} heads", wanted, "repeat or drop heads")
+    _check_like_state("q", q, state.keys)
 
 
 def check_append(k: Tensor, v: Tensor, log_decay: Tensor | None, state: DecodeState) -> None:
@@ -106,20 +85,7 @@ def check_append(k: Tensor, v: Tensor, log_decay: Tensor | None, state: DecodeSt
                 f"{_TOKEN_SHAPES[name]} = [{batch}, {tokens}, {heads}, {width}] as the decode state was allocated",
                 "allocate a state for these heads and dims, or use state.select / state.repeat to change its batch",
             )
-        if x.dtype != ring.dtype:
-            _fail(
-                name,
-                f"is {x.dtype}",
-                f"the decode state's dtype {ring.dtype}",
-                "convert it, or allocate the state with this dtype",
-            )
-        if x.device != ring.device:
-            _fail(
-                name,
-                f"is on {x.device}",
-                f"the decode state's device {ring.device}",
-                "move it, or allocate the state there",
-            )
+        _check_like_state(name, x, ring)
     if k.shape[1] > state.buffer:
         _fail(
             "k",
@@ -167,7 +133,7 @@ def _check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} is a {type(x).__name__}, must be a torch.Tensor: convert it with torch.as_tensor")
 
 
-def _check_query(q: Tensor, k: Tensor, scale: float) -> None:
+def _check_query(q: Tensor, scale: float) -> None:
     _check_tensor("q", q)
     if q.dim() != 4:
         _fail(
@@ -205,6 +171,19 @@ def _check_tokens(name: str, x: Tensor, like: torch.Size, dtype: torch.dtype, de
         _fail(name, f"is {x.dtype}", f"q's dtype {dtype}", "convert q, k and v to one dtype")
     if x.device != device:
         _fail(name, f"is on {x.device}", f"q's device {device}", "move all arguments to one device")
+
+
+def _check_like_state(name: str, x: Tensor, ring: Tensor) -> None:
+    if x.dtype != ring.dtype:
+        remedy = "convert it, or allocate the state with this dtype"
+        _fail(name, f"is {x.dtype}", f"the decode state's dtype {ring.dtype}", remedy)
+    if x.device != ring.device:
+        _fail(
+            name,
+            f"is on {x.device}",
+            f"the decode state's device {ring.device}",
+            "move it, or allocate the state there",
+        )
 
 
 def _check_heads(heads: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-CHUNK = 64
+CHUNK = {"cpu": 32}
+CHUNK_ON_DEVICE = 64
 # Scores (chunk x chunk), states and tokens of one segment stay below this many numbers each: few enough for a CPU's
 # cache and to bound the memory of a long sequence, enough that the Python loop over segments costs little.
 SEGMENT_NUMBERS = {"cpu": 1 << 18}
-SEGMENT_NUMBERS_DEVICE = 1 << 24
+SEGMENT_NUMBERS_ON_DEVICE = 1 << 24
+
+
+class Scratch:
+    """Buffers that each segment finds where the one before left them, warm in a CPU's cache."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """The buffer `name`, with whatever it holds."""
+        size = math.prod(shape)
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self.buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+        return buffer[:size].view(shape)
 
 
 class Chunking:
@@ -23,21 +42,22 @@ class Chunking:
         self.tokens = tokens
         self.packed = cu_seqlens is not None
         self.device = device
+        longest = CHUNK.get(device.type, CHUNK_ON_DEVICE)
         if cu_seqlens is None:
-            self.chunk = max(1, min(CHUNK, tokens))
+            self.chunk = max(1, min(longest, tokens))
             self.count = -(-tokens // self.chunk)
             starts = torch.arange(self.count, device=device) * self.chunk
             self.lengths = (tokens - starts).clamp_(max=self.chunk)
         else:
-            self._pack(tokens, cu_seqlens, device)
+            self._pack(tokens, cu_seqlens, device, longest)
         self.rows = torch.arange(self.chunk, device=device)
         self.steps = (self.rows[:, None] - self.rows).clamp_min_(0)  # tokens from column to row
 
-    def _pack(self, tokens: int, cu_seqlens: Tensor, device: torch.device) -> None:
+    def _pack(self, tokens: int, cu_seqlens: Tensor, device: torch.device, longest: int) -> None:
         sequences = cu_seqlens.numel() - 1
         mean = -(-tokens // max(1, sequences))
         # Chunks near the mean length bound the padding: about three cells per token however short the sequences are.
-        self.chunk = max(1, min(CHUNK, 1 << (mean - 1).bit_length() if mean else 1))
+        self.chunk = max(1, min(longest, 1 << (mean - 1).bit_length() if mean else 1))
         self.count = tokens // self.chunk + min(sequences, tokens)
         bounds = cu_seqlens.to(torch.int64)
         chunks_before = torch.zeros_like(bounds)
@@ -59,7 +79,7 @@ class Chunking:
 
     def segments(self, numbers_per_chunk: int) -> list[tuple[int, int]]:
         """Runs `[lo, hi)` of chunks that are worked on at once."""
-        limit = SEGMENT_NUMBERS.get(self.device.type, SEGMENT_NUMBERS_DEVICE)
+        limit = SEGMENT_NUMBERS.get(self.device.type, SEGMENT_NUMBERS_ON_DEVICE)
         size = max(1, limit // max(1, numbers_per_chunk))
         return [(lo, min(lo + size, self.count)) for lo in range(0, self.count, size)]
 
@@ -71,16 +91,15 @@ class Chunking:
         """Tokens after each one in its chunk, `[n, c]`."""
         return (self.lengths[lo:hi, None] - 1 - self.rows).clamp_min_(0)
 
-    def take(self, x: Tensor, lo: int, hi: int, dtype: torch.dtype) -> Tensor:
-        """Chunks lo to hi of `x` `[B, T, h, D]` as a new contiguous `[n, B, h, chunk, D]`, 0 where padded."""
+    def take(self, x: Tensor, lo: int, hi: int, out: Tensor) -> Tensor:
+        """Chunks lo to hi of `x` `[B, T, h, D]`, copied to `out` `[n, B, h, chunk, D]`, 0 where padded."""
         n, c = hi - lo, self.chunk
-        batch, _, heads, width = x.shape
+        heads, width = x.shape[2:]
         if self.packed:
             padding = self.padding[lo:hi]
             rows = x[0].index_select(0, self.index[lo:hi].clamp(max=self.tokens - 1).flatten())
             cells = rows.view(n, c, heads, width).masked_fill(padding[:, :, None, None], 0)
-            return cells.permute(0, 2, 1, 3).to(dtype).contiguous().unsqueeze(1)
-        out = torch.empty((n, batch, heads, c, width), dtype=dtype, device=x.device)
+            return out.copy_(cells.transpose(1, 2).unsqueeze(1))
         x = x[:, lo * c : hi * c]
         whole, rest = divmod(x.shape[1], c)
         out[:whole].copy_(x[:, : whole * c].unflatten(1, (whole, c)).permute(1, 0, 3, 2, 4))
@@ -118,31 +137,25 @@ class Chunking:
         """Run `x <- decay * x + update` over chunks lo to hi and return the x each chunk was given.
 
         chunks `[n + 1, B, H, K, V]`: the updates, with the x carried in from outside in the slot before them (after
-        them if `reverse`); overwritten with the x after each chunk. decay (float64) broadcasts to `[n, B, H, 1, 1]`. given: with
+        them if `reverse`); overwritten with the x after each chunk. decay broadcasts to `[n, B, H, 1, 1]`. given: with
         packing, the x `[N, H, K, V]` with which every sequence begins (None is zero).
         """
         n = hi - lo
         slots = chunks.unbind(0)
-        # A factor near 1, rounded, leans the same way at every chunk: over hundreds of chunks that would cost a digit. The
-        # rest is added to the update first, where it is not yet below the last digit.
-        rounded = decay.to(chunks.dtype)
-        decays, rests = (
-            x.expand(n, *chunks.shape[1:3], 1, 1).unbind(0) for x in (rounded, (decay - rounded).to(chunks.dtype))
-        )
+        decays = decay.expand(n, *chunks.shape[1:3], 1, 1).unbind(0)
         steps = [(c + 1, c, c) if reverse else (c, c + 1, c) for c in range(n)]
         if reverse:
             steps.reverse()
         before = chunks[1:] if reverse else chunks[:-1]
         if not self.packed:
             for source, target, c in steps:
-                slots[target].addcmul_(slots[source], rests[c]).addcmul_(slots[source], decays[c])
+                slots[target].addcmul_(slots[source], decays[c])
             return before
         begins = (self.last if reverse else self.first)[lo:hi, None, None, None, None]
         # where, not a product with 0: what is not a number in one sequence stays there.
         begin = torch.zeros_like(before) if given is None else given[self.owner[lo:hi], None]
         for source, target, c in steps:
-            x = torch.where(begins[c], begin[c], slots[source])
-            slots[target].addcmul_(x, rests[c]).addcmul_(x, decays[c])
+            slots[target].addcmul_(torch.where(begins[c], begin[c], slots[source]), decays[c])
         return torch.where(begins, begin, before)
 
     def ends(self, given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

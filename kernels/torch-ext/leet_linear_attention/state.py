@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_append, check_load, looks_at_values
+from .checks import DTYPES, check_append, check_load, looks_at_values
 from .torch_step import fold_tokens, per_token
 
 
@@ -24,6 +24,8 @@ class DecodeState:
 
     buffer: the most tokens held, and the most one step may bring. keep: how many of the last tokens can always be taken
     back, as far as that many were ever added and not taken back.
+
+    A state carries no gradient, and may be made under torch.inference_mode and used outside of it.
     """
 
     base: Tensor
@@ -35,6 +37,7 @@ class DecodeState:
     keep: int = 0
 
     @classmethod
+    @torch.inference_mode(False)
     def allocate(
         cls,
         batch: int,
@@ -57,6 +60,8 @@ class DecodeState:
         for name, count in (("key_heads", key_heads), ("value_heads", value_heads)):
             if count < 1 or heads % count:
                 raise ValueError(f"{name} is {count}, which does not divide heads={heads}; give a divisor of heads")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype}, must be one of {', '.join(map(str, DTYPES))}: take that of q, k and v")
         if buffer < 1:
             raise ValueError(f"buffer is {buffer}; it must be at least 1 token")
         if not 0 <= keep <= buffer:
@@ -85,6 +90,7 @@ class DecodeState:
         self._fold_oldest(self.cursor[1])
         return self.base
 
+    @torch.no_grad()
     def append(self, k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> None:
         """Buffer T <= buffer tokens without computing outputs, folding as a step does.
 
@@ -123,6 +129,7 @@ class DecodeState:
         self.base.zero_()
         self.cursor.zero_()
 
+    @torch.no_grad()
     def load(self, state: Tensor) -> None:
         """Become `state` `[B, H, K, V]` with nothing buffered, in place. Raises ValueError if the shape differs."""
         check_load(state, self)
@@ -147,6 +154,7 @@ class DecodeState:
         """Every row n times in a row, as repeat_interleave; the batch is n * B afterwards and the tensors are new."""
         self._replace(lambda x: x.repeat_interleave(n, 0))
 
+    @torch.inference_mode(False)
     def clone(self) -> DecodeState:
         """An independent copy."""
         return copy.deepcopy(self)
@@ -154,6 +162,7 @@ class DecodeState:
     def _rows(self) -> tuple[Tensor, ...]:
         return self.base, self.keys, self.values, self.log_decays
 
+    @torch.inference_mode(False)
     def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
         self.base, self.keys, self.values, self.log_decays = (change(x) for x in self._rows())
 

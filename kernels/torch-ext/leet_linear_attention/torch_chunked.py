@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .chunking import Chunking
+from .chunking import Chunking, Scratch
 from .decay_factors import ChunkDecay, DecayFactors
 from .shapes import state_heads
 
@@ -25,16 +25,6 @@ def _accumulate_dtype(q: Tensor) -> torch.dtype:
 def _heads(x: Tensor, heads: int) -> Tensor:
     """`x` `[n, B, h, ...]` with every head repeated to `heads` in all."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
-
-
-def _state_buffer(carry: Tensor, left: Tensor, right: Tensor, reverse: bool = False) -> Tensor:
-    """`left^T @ right` of every chunk, `[n + 1, B, H, K, V]`, with the slot for the carried state filled."""
-    n, batch, heads, _, rows = left.shape
-    out = torch.empty((n + 1, batch, heads, rows, right.shape[-1]), dtype=left.dtype, device=left.device)
-    updates = out[:-1] if reverse else out[1:]
-    torch.bmm(left.flatten(0, 2).transpose(1, 2), right.flatten(0, 2), out=updates.flatten(0, 2))
-    out[-1 if reverse else 0] = carry
-    return out
 
 
 class _Problem:
@@ -57,6 +47,7 @@ class _Problem:
         self.chunking = Chunking(self.tokens, cu_seqlens, q.device)
         self.state_shape = (self.heads, k.shape[-1], v.shape[-1])
         self.decay = DecayFactors(log_decay, self.heads, self.chunking, self.dtype)
+        self.scratch = Scratch(self.dtype, q.device)
 
     def segments(self) -> list[tuple[int, int]]:
         c = self.chunking.chunk
@@ -71,24 +62,40 @@ class _Problem:
             return given.to(self.dtype)
         return torch.zeros((self.batch, *self.state_shape), dtype=self.dtype, device=self.q.device)
 
-    def take(self, x: Tensor, lo: int, hi: int) -> Tensor:
-        return self.chunking.take(x, lo, hi, self.dtype)
+    def take(self, name: str, x: Tensor, lo: int, hi: int) -> Tensor:
+        batch, _, heads, width = x.shape
+        return self.chunking.take(x, lo, hi, self.scratch(name, hi - lo, batch, heads, self.chunking.chunk, width))
 
     def take_query(self, lo: int, hi: int) -> Tensor:
-        q = self.take(self.q, lo, hi)
+        q = self.take("q", self.q, lo, hi)
         return q if self.scale == 1.0 else q.mul_(self.scale)
 
-    def states(self, k: Tensor, v: Tensor, decay: ChunkDecay, carry: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
-        """The states entering each chunk and after each, `[n, B, H, K, V]`, from k times decay.key and v of H heads."""
-        chunks = _state_buffer(carry, k, v)
-        entering = self.chunking.scan(chunks, decay.whole, self.initial_state, lo, hi)
-        return entering, chunks[1:]
+    def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """`left @ right`, both `[n, B, H, ...]`."""
+        out = self.scratch(name, *left.shape[:-1], right.shape[-1])
+        torch.bmm(left.flatten(0, 2), right.flatten(0, 2), out=out.flatten(0, 2))
+        return out
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """q . k of every pair in a chunk, `[n, B, H, c, c]`; heads that share both are computed once."""
         heads = max(q.shape[2], k.shape[2])
         if heads % q.shape[2] or heads % k.shape[2]:
             heads = self.heads
-        return _heads(_heads(q, heads) @ _heads(k, heads).transpose(-1, -2), self.heads)
+        return _heads(self.product("scores", _heads(q, heads), _heads(k, heads).transpose(-1, -2)), self.heads)
+
+    def states(self, k: Tensor, v: Tensor, decay: ChunkDecay, carry: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """The states entering each chunk and after each, `[n, B, H, K, V]`, from k times decay.key and v of H heads."""
+        chunks = self.updates("states", k, v, carry)
+        return self.chunking.scan(chunks, decay.whole, self.initial_state, lo, hi), chunks[1:]
+
+    def updates(self, name: str, left: Tensor, right: Tensor, carry: Tensor, reverse: bool = False) -> Tensor:
+        """`left^T @ right` of every chunk, `[n + 1, B, H, K, V]`, with `carry` in the slot before them (or after)."""
+        n = left.shape[0]
+        out = self.scratch(name, n + 1, self.batch, *self.state_shape)
+        out[n if reverse else 0].copy_(carry)  # first: it may lie in a slot of this buffer
+        updates = out[:-1] if reverse else out[1:]
+        torch.bmm(left.flatten(0, 2).transpose(1, 2), right.flatten(0, 2), out=updates.flatten(0, 2))
+        return out
 
 
 def forward(
@@ -112,15 +119,15 @@ def forward(
     carry = p.carry(initial_state)
     ends = cut.ends(initial_state, p.state_shape, p.dtype) if output_final_state and cut.packed else None
     for lo, hi in p.segments():
-        qc, kc, vc = p.take_query(lo, hi), p.take(k, lo, hi), p.take(v, lo, hi)
+        qc, kc, vc = p.take_query(lo, hi), p.take("k", k, lo, hi), p.take("v", v, lo, hi)
         decay = p.decay.of(lo, hi)
         weights = p.scores(qc, kc).mul_(decay.pair)
         qc, kc, vc = (_heads(x, p.heads) for x in (qc, kc, vc))
-        # The chunks are private copies: no longer needed as they were, they are scaled in place.
+        # Chunks are copies, no longer needed as they were: they are scaled in place.
         entering, after = p.states(kc.mul_(decay.key), vc, decay, carry, lo, hi)
-        oc = torch.bmm(weights.flatten(0, 2), vc.flatten(0, 2))
-        oc.baddbmm_(qc.mul_(decay.query).flatten(0, 2), entering.flatten(0, 2))
-        cut.put(out, oc.view(*weights.shape[:-1], -1), lo, hi)
+        oc = p.product("o", weights, vc)
+        oc.flatten(0, 2).baddbmm_(qc.mul_(decay.query).flatten(0, 2), entering.flatten(0, 2))
+        cut.put(out, oc, lo, hi)
         carry = after[-1]
         if ends is not None:
             cut.put_ends(ends, after, lo, hi)
@@ -160,7 +167,7 @@ def backward(
 
     carries = [p.carry(initial_state)]
     for lo, hi in segments[:-1]:
-        kc, vc = (_heads(p.take(x, lo, hi), p.heads) for x in (k, v))
+        kc, vc = (_heads(p.take(name, x, lo, hi), p.heads) for name, x in (("k", k), ("v", v)))
         decay = p.decay.of(lo, hi)
         carries.append(p.states(kc.mul_(decay.key), vc, decay, carries[-1], lo, hi)[1][-1].clone())
 
@@ -169,31 +176,36 @@ def backward(
     reach = p.carry(dfinal)
     begins = cut.ends(dfinal, p.state_shape, p.dtype) if initial_state is not None and cut.packed else None
     for (lo, hi), carry in zip(reversed(segments), reversed(carries), strict=False):
-        qc, kc, vc, doc = p.take_query(lo, hi), p.take(k, lo, hi), p.take(v, lo, hi), p.take(do, lo, hi)
+        qc, doc = p.take_query(lo, hi), p.take("do", do, lo, hi)
+        kc, vc = p.take("k", k, lo, hi), p.take("v", v, lo, hi)
         decay = p.decay.of(lo, hi)
         scores = p.scores(qc, kc).mul_(decay.pair)
         qc, kc, vc = (_heads(x, p.heads) for x in (qc, kc, vc))
         keys = kc * decay.key
         entering, _ = p.states(keys, vc, decay, carry, lo, hi)
-        buffer = _state_buffer(reach, qc * decay.query, doc, reverse=True)
+        buffer = p.updates("reach", qc * decay.query, doc, reach, reverse=True)
         leaving = cut.scan(buffer, decay.whole, dfinal, lo, hi, reverse=True)
 
-        products = doc @ vc.transpose(-1, -2)
+        products = p.product("products", doc, vc.transpose(-1, -2))
         if dlog is not None:
             dlog.add_pairs(scores * products, lo, hi)
         products.mul_(decay.pair)
-        dq_state = (doc @ entering.transpose(-1, -2)).mul_(decay.query)
-        dk_state = (vc @ leaving.transpose(-1, -2)).mul_(decay.key)
+        dq_chunks = p.product("dq", doc, entering.transpose(-1, -2)).mul_(decay.query)
+        dk_chunks = p.product("dk", vc, leaving.transpose(-1, -2)).mul_(decay.key)
         if dlog is not None:
             dlog.add_states(
-                (qc * dq_state).sum(-1),
-                (kc * dk_state).sum(-1),
-                decay.whole[..., 0, 0].to(p.dtype) * (entering * leaving).sum((-1, -2)),
+                (qc * dq_chunks).sum(-1),
+                (kc * dk_chunks).sum(-1),
+                decay.whole[..., 0, 0] * (entering * leaving).sum((-1, -2)),
             )
             dlog.put(lo, hi)
-        cut.put(dq, (dq_state + products @ kc).mul_(scale), lo, hi)
-        cut.put(dk, dk_state + products.transpose(-1, -2) @ qc, lo, hi)
-        cut.put(dv, keys @ leaving + scores.transpose(-1, -2) @ doc, lo, hi)
+        dq_chunks.flatten(0, 2).baddbmm_(products.flatten(0, 2), kc.flatten(0, 2))
+        cut.put(dq, dq_chunks.mul_(scale), lo, hi)
+        dk_chunks.flatten(0, 2).baddbmm_(products.flatten(0, 2).transpose(1, 2), qc.flatten(0, 2))
+        cut.put(dk, dk_chunks, lo, hi)
+        dv_chunks = p.product("dv", keys, leaving)
+        dv_chunks.flatten(0, 2).baddbmm_(scores.flatten(0, 2).transpose(1, 2), doc.flatten(0, 2))
+        cut.put(dv, dv_chunks, lo, hi)
         reach = buffer[0]
         if begins is not None:
             cut.put_ends(begins, buffer[:-1], lo, hi, reverse=True)

@@ -138,4 +138,4 @@ def decay_gradient(
         num_warps=4 if block_k <= 128 else 8, num_stages=1,
     )  # fmt: skip
     dg = sum_groups(dg.unsqueeze(-1), log_decay.shape[-1]).squeeze(-1)
-    return dg if per_token else dg.sum((0, 1))
+    return dg if per_token else dg.sum((0, 1), dtype=torch.float64).to(log_decay.dtype)

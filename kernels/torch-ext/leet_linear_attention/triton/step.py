@@ -85,24 +85,24 @@ def step_kernel(
     else:
         g = tl.load(g_ptr + i_b * sgb + t * sgt + (i_h // group_g) * sgh, mask=new, other=0.0)
 
+    tile_k = new[:, None] & mask_k[None, :]
+    tile_v = new[:, None] & mask_v[None, :]
+    k = tl.load(k_at + t[:, None] * skt + key[None, :], mask=tile_k, other=0.0)
+    v = tl.load(v_at + t[:, None] * svt + value[None, :], mask=tile_v, other=0.0)
+    G, _ = running_sum(g, IS_FP32)
+    out_at = out_ptr + (i_b * T * H + i_h) * V
     if BT == 1:
+        # Too few rows for the matrix units.
         q = tl.load(q_at + key, mask=mask_k, other=0.0).to(tl.float32)
-        k = tl.load(k_at + key, mask=mask_k, other=0.0)
-        v = tl.load(v_at + value, mask=mask_v, other=0.0)
-        g_now = tl.sum(g, 0)
-        to_now = tl.exp((Gb_all - Gb + g_now).to(tl.float32))
-        weight = tl.where(held, tl.sum(kb.to(tl.float32) * q[None, :], 1) * to_now, 0.0)
+        g_now = tl.sum(G, 0)
+        w_b = tl.sum(kb.to(tl.float32) * q[None, :], 1) * tl.exp((Gb_all - Gb + g_now).to(tl.float32))
+        w = tl.sum(k.to(tl.float32) * q[None, :], 1)
         o = tl.sum(q[:, None] * S, 0) * tl.exp((Gb_all + g_now).to(tl.float32))
-        o += tl.sum(weight[:, None] * vb.to(tl.float32), 0)
-        o += tl.sum(q * k.to(tl.float32), 0) * v.to(tl.float32)
-        tl.store(out_ptr + i_bh * V + value, (o * scale).to(out_ptr.dtype.element_ty), mask=mask_v)
+        o += tl.sum(tl.where(held, w_b, 0.0)[:, None] * vb.to(tl.float32), 0)
+        o += tl.sum(w[:, None] * v.to(tl.float32), 0)
+        tl.store(out_at + value, (o * scale).to(out_ptr.dtype.element_ty), mask=mask_v)
     else:
-        tile_k = new[:, None] & mask_k[None, :]
-        tile_v = new[:, None] & mask_v[None, :]
         q = tl.load(q_at + t[:, None] * sqt + key[None, :], mask=tile_k, other=0.0)
-        k = tl.load(k_at + t[:, None] * skt + key[None, :], mask=tile_k, other=0.0)
-        v = tl.load(v_at + t[:, None] * svt + value[None, :], mask=tile_v, other=0.0)
-        G, _ = running_sum(g, IS_FP32)
         lag = G[:, None] - G[None, :]
         causal = t[:, None] >= t[None, :]
         A = dot(q, tl.trans(k)) * tl.exp(tl.where(causal, lag, 0.0).to(tl.float32))
@@ -113,13 +113,11 @@ def step_kernel(
         o += narrow_dot(A, v, IS_FP16)
         o += narrow_dot(A_b, vb, IS_FP16)
         tl.store(
-            out_ptr + (i_b * T * H + i_h) * V + t[:, None] * (H * V) + value[None, :],
-            (o * scale).to(out_ptr.dtype.element_ty),
-            mask=tile_v,
+            out_at + t[:, None] * (H * V) + value[None, :], (o * scale).to(out_ptr.dtype.element_ty), mask=tile_v
         )
 
-    # Fold the oldest tokens where the new ones find no room. Folding is float32 in TF32 products at most: the factors
-    # come from 16-bit inputs, so it loses nothing that they had.
+    # Fold the oldest tokens where the new ones find no room. The state stays that of float32 arithmetic: three TF32
+    # products give back what one drops, and 16-bit keys lose nothing even in one.
     folded = count * 0
     if count + T > N:
         folded = tl.minimum(count, count + T - tl.maximum(keep, T))
@@ -131,23 +129,19 @@ def step_kernel(
         if IS_FP32:
             update = dot(tl.trans(kb), vf)
         else:
-            update = tl.dot(tl.trans(kb.to(tl.float32)), vf, input_precision="tf32")
+            update = tl.dot(tl.trans(kb.to(tl.float32)), vf, input_precision="tf32x3")
         tl.store(o_state, S * tl.exp(G_old.to(tl.float32)) + update, mask=mask_s)
 
     # Append. Slots behind the buffered ones: 2 N of them, so none that is read in this launch is written.
     at = (start + count + t) % R
     if i_h % group_v == 0:
         to_value = values_ptr + ((i_b * R + at) * heads_v + h_v)[:, None] * V + value[None, :]
-        tile = new[:, None] & mask_v[None, :]
-        v_new = tl.load(v_at + t[:, None] * svt + value[None, :], mask=tile, other=0.0)
-        tl.store(to_value, v_new, mask=tile)
+        tl.store(to_value, v, mask=tile_v)
     if i_v == 0:
         tl.store(decays_ptr + (i_b * R + at) * H + i_h, g, mask=new)
         if i_h % group_k == 0:
             to_key = keys_ptr + ((i_b * R + at) * heads_k + h_k)[:, None] * K + key[None, :]
-            tile = new[:, None] & mask_k[None, :]
-            k_new = tl.load(k_at + t[:, None] * skt + key[None, :], mask=tile, other=0.0)
-            tl.store(to_key, k_new, mask=tile)
+            tl.store(to_key, k, mask=tile_k)
 
     # The last program of the launch moves the cursor: by then every other has read it.
     if tl.atomic_add(cursor_ptr + 2, 1, sem="acq_rel") == tl.num_programs(0) - 1:

@@ -62,7 +62,8 @@ def sweep_config(x: int, y: int, itemsize: int, device_index: int) -> SweepConfi
     """Configuration of a sweep whose state is [x, y]. ``device_index`` -1 stands for Triton's interpreter."""
     rows = block_of(x)
     config = _SWEEP[(rows, itemsize == 2)]
-    config = config._replace(block_y=min(config.block_y, block_of(y)))
+    # Narrower tiles than 64 columns of 16-bit data make Triton 3.6 read past its shared memory (seen by a memory checker).
+    config = config._replace(block_y=min(config.block_y, max(block_of(y), 64 if itemsize == 2 else 16)))
     if device_index < 0:
         return config
     limit = shared_memory(device_index)
@@ -121,3 +122,4 @@ def decay_gradient_block(rows: int, value_dim: int, itemsize: int) -> int:
     """Value columns the gradient of log_decay takes at once beside a chunk's keys of width ``rows``."""
     wide = 32 if rows > 128 else 64
     return min(wide if itemsize == 2 else 16, block_of(value_dim))
+

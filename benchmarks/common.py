@@ -1,0 +1,104 @@
+"""What every benchmark shares: the machine's description, the copy floor, timing, and results as a table and JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "triton", "transformers", "flash-linear-attention", "fla-core"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a large device-to-device copy, counting bytes read and bytes written."""
+    x = torch.randn(1 << 28, device="cuda", dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    milliseconds = timed(lambda: y.copy_(x))["median"]
+    return 2 * x.numel() * x.element_size() / (milliseconds * 1e-3)
+
+
+def timed(function: Callable[[], Any], warmup: int = 10, rep: int = 60) -> dict[str, float]:
+    """Milliseconds of a GPU function by device events: median, and the 20 and 80 % quantiles. L2 is flushed in between."""
+    from triton.testing import do_bench
+
+    median, low, high = do_bench(function, warmup=warmup, rep=rep, quantiles=[0.5, 0.2, 0.8])
+    return {"median": median, "low": low, "high": high}
+
+
+def timed_graph(function: Callable[[], Any], calls: int, rep: int = 60) -> dict[str, float]:
+    """Milliseconds of one of ``calls`` calls replayed in a CUDA graph."""
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    return {key: value / calls for key, value in timed(graph.replay, rep=rep).items()}
+
+
+def timed_host(function: Callable[[], Any], calls: int = 200) -> dict[str, float]:
+    """Milliseconds of host time of a call: calls are issued without waiting for the device."""
+    samples = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        samples.append((time.perf_counter() - start) / calls * 1e3)
+    samples.sort()
+    return {"median": statistics.median(samples), "low": samples[0], "high": samples[-1]}
+
+
+def first_call(function: Callable[[], Any]) -> float:
+    """Seconds of a call and its device work, compiling included where it is the first."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def write(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write ``payload`` with device and versions to ``folder/name.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    record = {"device": device_name(), "versions": versions(), **payload}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(path)
+    return path
+
+
+def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    """Rows as a Markdown table; numbers to three digits."""
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return ""
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
+    return "\n".join(lines)

@@ -1,0 +1,227 @@
+"""The operator, forward and forward + backward, against the memory floor and its peers in the same run.
+
+    python benchmarks/ops.py [--quick] [--only SUBSTRING] [--no-peers] [--output FOLDER]
+
+Peers, where installed: FLA's ``chunk_simple_gla`` (the same operator) and PyTorch's causal softmax attention (another
+operator, for scale). FLA tunes itself for 40 to 120 s at its first call of a head size and direction. The floor is each
+input read once and each output written once, at the speed of a copy measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, copy_bandwidth, first_call, table, timed, timed_host, write
+
+from leet_linear_attention import linear_attention
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One row: B, T, heads of q/k and of v, head dims; ``packed`` cuts T into that many sequences of random length."""
+
+    batch: int
+    tokens: int
+    heads: int
+    key_dim: int = 128
+    value_dim: int = 128
+    key_heads: int | None = None
+    per_token: bool = False
+    packed: int = 0
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        parts = [f"B{self.batch}", f"T{self.tokens}", f"H{self.heads}"]
+        if self.key_heads is not None:
+            parts.append(f"kv{self.key_heads}")
+        same = self.key_dim == self.value_dim
+        parts.append(f"D{self.key_dim}" if same else f"K{self.key_dim} V{self.value_dim}")
+        parts += ["per token"] if self.per_token else []
+        parts += [f"{self.packed} packed"] if self.packed else []
+        parts += ["fp16"] if self.dtype == torch.float16 else []
+        return " ".join(parts)
+
+    def bytes(self, backward: bool) -> int:
+        """Inputs read and outputs written once each; forward + backward reads q, k, v twice."""
+        rows = self.batch * self.tokens * 2
+        kv = self.heads if self.key_heads is None else self.key_heads
+        q, k, v, o = self.heads * self.key_dim, kv * self.key_dim, kv * self.value_dim, self.heads * self.value_dim
+        decay = 2 * self.heads if self.per_token else 0
+        forward = q + k + v + o + decay
+        return rows * (forward + (q + k + v + o + q + k + v + 2 * decay if backward else 0))
+
+
+SHAPES = [
+    Shape(4, 8192, 32),
+    Shape(1, 8192, 64),
+    Shape(8, 2048, 16),
+    Shape(1, 131072, 16),
+    Shape(1, 1024, 32),
+    Shape(2, 4096, 8, 256, 512),
+    Shape(4, 8192, 32, per_token=True),
+    Shape(1, 65536, 32, packed=32),
+    Shape(4, 8192, 32, 64, 64),
+    Shape(4, 8192, 32, 96, 96),
+    Shape(2, 8192, 16, 256, 256),
+    Shape(4, 8192, 32, key_heads=8),
+    Shape(4, 8192, 32, dtype=torch.float16),
+]
+
+
+def inputs(shape: Shape) -> dict[str, Any]:
+    def normal(heads: int, width: int) -> torch.Tensor:
+        x = torch.randn(shape.batch, shape.tokens, heads, width, device="cuda", dtype=shape.dtype)
+        return x.requires_grad_()
+
+    kv = shape.heads if shape.key_heads is None else shape.key_heads
+    decay = (shape.batch, shape.tokens, shape.heads) if shape.per_token else (shape.heads,)
+    cuts = None
+    if shape.packed:
+        inside = torch.randperm(shape.tokens - 1)[: shape.packed - 1].sort().values + 1
+        cuts = torch.tensor([0, *inside.tolist(), shape.tokens], device="cuda", dtype=torch.int32)
+    log_decay = -torch.rand(decay, device="cuda") * 0.3
+    return {
+        "q": normal(shape.heads, shape.key_dim),
+        "k": normal(kv, shape.key_dim),
+        "v": normal(kv, shape.value_dim),
+        "log_decay": log_decay.requires_grad_() if shape.per_token else log_decay,
+        "do": torch.randn(shape.batch, shape.tokens, shape.heads, shape.value_dim, device="cuda", dtype=shape.dtype),
+        "cu_seqlens": cuts,
+    }
+
+
+def ours(x: dict[str, Any]) -> Callable[[], torch.Tensor]:
+    return lambda: linear_attention(x["q"], x["k"], x["v"], x["log_decay"], cu_seqlens=x["cu_seqlens"])[0]
+
+
+def fla(x: dict[str, Any]) -> Callable[[], torch.Tensor] | None:
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError:
+        return None
+    heads = x["q"].shape[2] // x["k"].shape[2]
+    k, v = (t.detach().repeat_interleave(heads, 2).requires_grad_() if heads > 1 else t for t in (x["k"], x["v"]))
+    decay = {"g": x["log_decay"]} if x["log_decay"].dim() == 3 else {"g_gamma": x["log_decay"]}
+    return lambda: chunk_simple_gla(x["q"], k, v, scale=1.0, cu_seqlens=x["cu_seqlens"], **decay)[0]
+
+
+def softmax(x: dict[str, Any]) -> Callable[[], torch.Tensor] | None:
+    if x["cu_seqlens"] is not None or x["q"].shape[1] > 65536 or x["v"].shape[-1] > 128:
+        return None
+    q, k, v = (t.transpose(1, 2) for t in (x["q"], x["k"], x["v"]))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return lambda: attend(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+PEERS: dict[str, Callable[[dict[str, Any]], Callable[[], torch.Tensor] | None]] = {"fla": fla, "sdpa": softmax}
+
+
+def measure(shape: Shape, bandwidth: float, peers: list[str], rep: int) -> dict[str, Any]:
+    """One row: milliseconds of each contender in both directions, fractions of the floor, host time and memory."""
+    x = inputs(shape)
+    row: dict[str, Any] = {"shape": str(shape)}
+    floor = {"forward": shape.bytes(False) / bandwidth * 1e3, "both": shape.bytes(True) / bandwidth * 1e3}
+    row["floor ms"], row["floor both ms"] = floor["forward"], floor["both"]
+
+    def both(run: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        def step() -> None:
+            for name in ("q", "k", "v", "log_decay"):
+                x[name].grad = None
+            run().backward(x["do"])
+
+        return step
+
+    run = ours(x)
+    row["first call s"], row["first both s"] = first_call(run), first_call(both(run))
+    for name, function in [("ours", run)] + [(p, PEERS[p](x)) for p in peers]:
+        if function is None:
+            continue
+        with torch.no_grad():
+            row[f"{name} spread"] = timed(function, rep=rep)
+        row[f"{name} both spread"] = timed(both(function), rep=rep)
+        row[f"{name} ms"], row[f"{name} both ms"] = row[f"{name} spread"]["median"], row[f"{name} both spread"]["median"]
+    row["of floor %"] = 100 * floor["forward"] / row["ours ms"]
+    row["both of floor %"] = 100 * floor["both"] / row["ours both ms"]
+    if "fla ms" in row:
+        row["x fla"], row["both x fla"] = row["fla ms"] / row["ours ms"], row["fla both ms"] / row["ours both ms"]
+    with torch.no_grad():
+        row["host ms"] = timed_host(run)["median"]
+    row["extra memory %"] = extra_memory(x, both(run))
+    return row
+
+
+def extra_memory(x: dict[str, Any], step: Callable[[], None]) -> float:
+    """Peak of forward + backward beyond inputs, output and gradients, in percent of those."""
+    for name in ("q", "k", "v", "log_decay"):
+        x[name].grad = None
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    results = sum(x[name].numel() * x[name].element_size() for name in ("q", "k", "v"))
+    results += x["do"].numel() * x["do"].element_size()
+    return 100 * max(0, peak - held - results) / (held + results)
+
+
+COLUMNS = ["shape", "ours ms", "fla ms", "sdpa ms", "x fla", "of floor %"]
+COLUMNS += ["ours both ms", "fla both ms", "sdpa both ms", "both x fla", "both of floor %"]
+COLUMNS += ["host ms", "extra memory %", "first call s", "first both s"]
+
+
+def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
+    """Fraction of the floor per shape, forward and forward + backward."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.6))
+    at = range(len(rows))
+    axis.barh([i - 0.2 for i in at], [r["of floor %"] for r in rows], 0.38, label="forward")
+    axis.barh([i + 0.2 for i in at], [r["both of floor %"] for r in rows], 0.38, label="forward + backward")
+    axis.axvline(100, color="black", linewidth=1)
+    axis.set_yticks(list(at), [r["shape"] for r in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel("percent of the memory floor")
+    axis.set_title(f"linear_attention on {device}")
+    axis.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three shapes, no peers")
+    parser.add_argument("--only", default="", help="shapes whose name contains this")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/ops.py needs a CUDA device: none was found")
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    print(f"copy {bandwidth / 1e12:.2f} TB/s", flush=True)
+    shapes = [s for s in SHAPES if options.only in str(s)]
+    if options.quick:
+        shapes = shapes[:3]
+    peers = [] if options.quick or options.no_peers else list(PEERS)
+    rows = []
+    for shape in shapes:
+        rows.append(measure(shape, bandwidth, peers, rep=40))
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items() if "spread" not in k}, flush=True)
+        torch.cuda.empty_cache()
+    print(table(rows, [c for c in COLUMNS if any(c in r for r in rows)]))
+    path = write("ops", {"copy_bytes_per_second": bandwidth, "rows": rows}, options.output)
+    plot(rows, path.with_suffix(".png"), torch.cuda.get_device_name())
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What an adapter is: all that leet_hf has to know about one family of host modules."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..shapes import CacheSpec
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Fixed decays of a layer: one log_decay per state head, and where they come from, in words."""
+
+    log_decays: tuple[float, ...]
+    source: str
+
+
+class Projected(NamedTuple):
+    """What a layer projects its input to.
+
+    q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V] in one dtype; log_decay None where the layer's decays are fixed, else
+    float32 [B, T, H]; rest: whatever `finish` needs besides.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None = None
+    rest: Any = None
+
+
+class Adapter(ABC):
+    """Knows one family of host modules: recognises it, projects to q, k, v and log_decay, finishes the output.
+
+    An adapter has no state of its own and never sees a cache, a mask or a kernel. Register an instance with
+    `leet_hf.register_adapter`; its class must be importable, as patched models are pickled with a reference to it.
+
+    name: of the family, as in the report. layer_class, base_class: class names of the recurrent module and of the base
+    model that owns it (names, so that no remote code has to be imported). base_forward: replaces the base model's
+    forward; it makes the masks and hands standard caches to the layers. decay_formula: in words, for people.
+    """
+
+    name: str
+    layer_class: str
+    base_class: str
+    decay_formula: str
+    base_forward: Callable[..., Any]
+
+    def owns_layer(self, module: nn.Module) -> bool:
+        """Whether a module is, by its class, a recurrent layer of this family."""
+        return _is_a(module, self.layer_class)
+
+    def owns_base(self, module: nn.Module) -> bool:
+        """Whether a module is, by its class, a base model of this family."""
+        return _is_a(module, self.base_class)
+
+    @abstractmethod
+    def misfit(self, layer: nn.Module) -> str | None:
+        """Why this adapter can not serve a layer it owns (its structure is not as expected), or None if it can."""
+
+    @abstractmethod
+    def base_misfit(self, base: nn.Module) -> str | None:
+        """As `misfit`, for the base model."""
+
+    @abstractmethod
+    def index(self, layer: nn.Module) -> int:
+        """The layer's place among the decoder layers, which is its place in the cache."""
+
+    @abstractmethod
+    def cache_spec(self, base: nn.Module) -> CacheSpec:
+        """The shapes of every decoder layer of a base model."""
+
+    @abstractmethod
+    def decay(self, layer: nn.Module) -> Decay | None:
+        """The layer's fixed decays, or None if `project` gives them per token."""
+
+    @abstractmethod
+    def scale(self, layer: nn.Module) -> float:
+        """The factor on the operator's output."""
+
+    @abstractmethod
+    def project(self, layer: nn.Module, hidden_states: Tensor, position_embeddings: Any) -> Projected:
+        """hidden_states [B, T, hidden] to q, k, v. Calls the projections as modules, so that adapters (LoRA) act."""
+
+    @abstractmethod
+    def finish(self, layer: nn.Module, o: Tensor, hidden_states: Tensor, rest: Any) -> Tensor:
+        """The operator's output o [B, T, H, V] to the layer's output [B, T, hidden]."""
+
+
+def _is_a(module: nn.Module, class_name: str) -> bool:
+    # By the whole MRO: FSDP2 and others derive a class per module.
+    return any(cls.__name__ == class_name for cls in type(module).__mro__)

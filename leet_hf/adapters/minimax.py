@@ -1,0 +1,90 @@
+"""MiniMax as in transformers (model type `minimax`): lightning attention between softmax layers, experts behind each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import decay as formulas
+from ..host import decoder_forward
+from ..shapes import CacheSpec, RecurrentShape, SoftmaxShape
+from ..slots import stored_tensor
+from .base import Adapter, Decay, Projected
+
+# A formula in float32 and a buffer that was rounded to 16 bits agree within this. The absolute part is for float16,
+# which can not hold the slopes of the last layer; as a decay it is immaterial for a hundred thousand tokens.
+ROUNDING, TINY = 2.0**-7, 2.0**-24
+
+
+class MiniMaxAdapter(Adapter):
+    """`MiniMaxLightningAttention` inside `MiniMaxModel`.
+
+    One packed projection, SiLU over all of it, then per head [q | k | v]; no rope, scale 1; RMSNorm over all heads, times
+    the sigmoid of a gate, then the output projection (transformers' modeling_minimax.py).
+    """
+
+    name = "minimax"
+    layer_class = "MiniMaxLightningAttention"
+    base_class = "MiniMaxModel"
+    decay_formula = "-2^(-8(h+1)/H) * (1 - l/(L-1+1e-5) + 1e-5)"
+    base_forward = staticmethod(decoder_forward)
+
+    def misfit(self, layer: nn.Module) -> str | None:
+        needed = (
+            "qkv_proj", "act_fn", "norm", "output_gate", "out_proj", "slope_rate",
+            "head_dim", "num_attention_heads", "num_hidden_layers", "layer_idx",
+        )  # fmt: skip
+        return _lacks(layer, needed)
+
+    def base_misfit(self, base: nn.Module) -> str | None:
+        lacking = _lacks(base, ("embed_tokens", "layers", "norm", "rotary_emb", "config"))
+        if lacking is None and not hasattr(base.config, "layer_types"):
+            return "its config has no layer_types"
+        return lacking
+
+    def index(self, layer: nn.Module) -> int:
+        return int(layer.layer_idx)  # type: ignore[arg-type]
+
+    def cache_spec(self, base: nn.Module) -> CacheSpec:
+        return tuple(self._shape(block.self_attn) for block in base.layers)  # type: ignore[union-attr]
+
+    def _shape(self, attention: Any) -> RecurrentShape | SoftmaxShape:
+        if self.owns_layer(attention):
+            heads, dim = attention.num_attention_heads, attention.head_dim
+            return RecurrentShape(heads, heads, heads, dim, dim)
+        return SoftmaxShape(attention.config.num_key_value_heads, attention.head_dim)
+
+    def decay(self, layer: nn.Module) -> Decay:
+        """The formula; or the module's own slopes where they are not the formula's: pruned or reordered layers."""
+        heads, index, layers = layer.num_attention_heads, layer.layer_idx, layer.num_hidden_layers
+        formula = formulas.minimax(heads, index, layers)  # type: ignore[arg-type]
+        slopes = stored_tensor(layer, "slope_rate").double().flatten().tolist()
+        if len(slopes) != len(formula):
+            raise ValueError(
+                f"slope_rate has {len(slopes)} entries for {len(formula)} heads: give the layer one slope per head"
+            )
+        apart = max(abs(s + g) - ROUNDING * abs(g) for s, g in zip(slopes, formula, strict=True))
+        if apart <= TINY:
+            return Decay(formula, f"formula {self.decay_formula}")
+        if not all(0 <= slope < float("inf") for slope in slopes):
+            raise ValueError("slope_rate holds a negative, infinite or NaN slope: load the layer's buffers again")
+        return Decay(tuple(-slope for slope in slopes), "buffer slope_rate, which is not the formula's")
+
+    def scale(self, layer: nn.Module) -> float:
+        return 1.0
+
+    def project(self, layer: Any, hidden_states: Tensor, position_embeddings: Any) -> Projected:
+        packed = layer.act_fn(layer.qkv_proj(hidden_states))
+        q, k, v = packed.unflatten(-1, (-1, 3 * layer.head_dim)).chunk(3, dim=-1)
+        return Projected(q, k, v)
+
+    def finish(self, layer: Any, o: Tensor, hidden_states: Tensor, rest: Any) -> Tensor:
+        gate = torch.sigmoid(layer.output_gate(hidden_states))
+        return layer.out_proj(gate * layer.norm(o.flatten(-2)))
+
+
+def _lacks(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    lacking = [name for name in names if not hasattr(module, name)]
+    return f"it has no {', '.join(lacking)}" if lacking else None

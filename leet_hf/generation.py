@@ -1,0 +1,84 @@
+"""What generate() needs from a patched model: standard caches, prepared with recurrent layers before the first forward."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import Cache
+
+from .host import HostBinding
+from .shapes import CacheSpec
+from .upgrade import recurrent_layers, upgrade
+
+
+@dataclass
+class GenerationBinding:
+    """What patching puts on a model that generates. attributes: those it replaced on the instance, to take off again."""
+
+    spec: CacheSpec
+    attributes: tuple[str, ...] = field(default_factory=tuple)
+
+
+def install_generation(model: nn.Module, spec: CacheSpec) -> None:
+    """Let generate() of this instance prepare standard caches."""
+    hooks = {
+        "_supports_default_dynamic_cache": _true,
+        "_prepare_cache_for_generation": functools.partial(_prepare_cache, model),
+        "_get_candidate_generator": functools.partial(_candidate_generator, model),
+    }
+    model.__dict__["_leet"] = GenerationBinding(spec, tuple(hooks))
+    model.__dict__.update(hooks)
+
+
+def restore_generation(model: nn.Module) -> None:
+    """Undo `install_generation`."""
+    binding: GenerationBinding = model.__dict__.pop("_leet")
+    for name in binding.attributes:
+        model.__dict__.pop(name, None)
+
+
+def upgrade_cache(cache: Any, model: nn.Module) -> Any:
+    """Make a DynamicCache or StaticCache hold the recurrent layers of a patched model, and return it.
+
+    A patched model does this itself at the first forward; this is for a cache that must be complete before, such as one
+    whose prefill is compiled. Raises ValueError, with nothing changed, if the model is not patched or the cache is of
+    another kind or model.
+    """
+    specs = [m._leet.spec for m in model.modules() if isinstance(m.__dict__.get("_leet"), HostBinding)]
+    if len(specs) != 1:
+        raise ValueError(f"model has {len(specs)} patched base models, must have one: call patch_model(model) first")
+    upgrade(cache, specs[0])
+    return cache
+
+
+def _true() -> bool:
+    return True
+
+
+def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    """Transformers' own preparation, then recurrent layers in the cache it made or was given."""
+    type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+    cache = model_kwargs.get("past_key_values")
+    if cache is None:
+        return
+    upgrade(cache, model._leet.spec, model.config.num_hidden_layers)
+    # A draft writes token by token and takes back all of a draft at once.
+    _set_recording(cache, 0, grows=bool(getattr(generation_config, "is_assistant", False)))
+
+
+def _candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Transformers' own candidate generator; the cache learns how many candidates may be taken back at once."""
+    generator = type(model)._get_candidate_generator(model, *args, **kwargs)
+    cache = kwargs.get("model_kwargs", {}).get("past_key_values")
+    if isinstance(cache, Cache):
+        counts = (getattr(generator, name, 0) for name in ("num_assistant_tokens", "num_output_tokens"))
+        _set_recording(cache, max(int(count or 0) for count in counts) + 1, grows=True)
+    return generator
+
+
+def _set_recording(cache: Any, window: int, *, grows: bool) -> None:
+    for layer in recurrent_layers(cache):
+        layer.record(window, grows)

@@ -1,0 +1,160 @@
+"""The forward of a host's base model, with standard caches: embeddings, masks, packing, decoder layers, norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from .packing import Packing, find_packing, packing_arguments
+from .shapes import CacheSpec
+from .upgrade import seen_tokens, upgrade
+from .versions import (
+    capture_outputs,
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    create_sliding_window_causal_mask,
+    merge_with_config_defaults,
+)
+
+if TYPE_CHECKING:
+    from .adapters.base import Adapter
+
+LINEAR, SOFTMAX = "linear_attention", "full_attention"
+
+
+@dataclass
+class HostBinding:
+    """What patching puts on a base model: the adapter, the shapes its caches need, and how to take it off again."""
+
+    adapter: Adapter
+    spec: CacheSpec
+    had_entry: bool = False
+
+
+@merge_with_config_defaults
+@capture_outputs
+def decoder_forward(
+    self: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> MoeModelOutputWithPast:
+    """What `MiniMaxModel.forward` does, with a DynamicCache or StaticCache, and with packed sequences.
+
+    The two decorators are transformers' own: they give `use_cache` its default and record hidden states, attentions and
+    router logits as on the stock model. Raises ValueError for a cache of another kind, model or batch, and for packed
+    sequences that can not be told apart; nothing is changed then.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("input_ids and inputs_embeds: exactly one of them must be given")
+    if inputs_embeds is None:
+        inputs_embeds = self.embed_tokens(input_ids)
+    batch, tokens = inputs_embeds.shape[:2]
+    layer_types = self.config.layer_types[: self.config.num_hidden_layers]
+
+    past = past_key_values
+    spec = self._leet.spec
+    if past is None and use_cache:
+        past = DynamicCache(config=self.config)
+    if past is not None:
+        upgrade(past, spec, len(layer_types))
+        _check_rows(past, batch)
+    has_past = past is not None and seen_tokens(past, spec)
+
+    packing, attention_mask = _packing(attention_mask, position_ids, kwargs, batch, tokens, past, has_past, layer_types)
+    if position_ids is None:
+        if packing is not None:
+            position_ids = packing.positions
+        else:
+            start = past.get_seq_length() if past is not None else 0
+            position_ids = (torch.arange(tokens, device=inputs_embeds.device) + start)[None]
+    if packing is not None:
+        kwargs["seq_idx"] = packing.seq_idx
+    if getattr(self.config, "output_attentions", False):
+        kwargs.setdefault("output_attentions", True)
+
+    masks = attention_mask
+    if not isinstance(masks, dict):
+        masks = _masks(self.config, inputs_embeds, attention_mask, past, position_ids, packing, set(layer_types))
+
+    hidden_states = inputs_embeds
+    position_embeddings = self.rotary_emb(hidden_states, position_ids)
+    for layer, kind in zip(self.layers, layer_types, strict=False):  # fewer kinds than layers: early exit
+        hidden_states = layer(
+            hidden_states,
+            attention_mask=masks[kind],
+            position_embeddings=position_embeddings,
+            position_ids=position_ids,
+            past_key_values=past,
+            use_cache=use_cache,
+            **kwargs,
+        )
+    return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past)
+
+
+def _check_rows(cache: Any, batch: int) -> None:
+    """Before anything is written: the batch the cache is for."""
+    held = next((layer.batch_size for layer in cache.layers if hasattr(layer, "batch_size")), batch)
+    if held != batch:
+        raise ValueError(
+            f"past_key_values holds {held} rows but the input has {batch}: use cache.batch_select_indices or "
+            "cache.batch_repeat_interleave, or start from an empty cache"
+        )
+
+
+def _packing(
+    mask: Any, position_ids: Tensor | None, arguments: dict[str, Any],
+    batch: int, tokens: int, cache: Any, has_past: bool, layer_types: list[str],
+) -> tuple[Packing | None, Any]:  # fmt: skip
+    """How the row is packed, and the attention mask that remains: pads and packing do not go together."""
+    cu_seqlens, seq_idx = packing_arguments(arguments)
+    said_so = cu_seqlens is not None or seq_idx is not None
+    static = cache is not None and SOFTMAX in layer_types and bool(cache.is_compileable)
+    look = mask is None and not has_past and not (static and torch.compiler.is_compiling())
+    packing = find_packing(cu_seqlens, seq_idx, position_ids, batch, tokens, look_at_positions=look)
+    if packing is None:
+        return None, mask
+    if has_past:
+        raise ValueError(
+            "packed sequences were given with past_key_values that hold tokens: give the cache one sequence per row"
+        )
+    if static:
+        raise ValueError("packed sequences were given with a StaticCache: use a DynamicCache, or use_cache=False")
+    if said_so and isinstance(mask, Tensor) and mask.dim() == 2:
+        if not bool(mask.all()):
+            raise ValueError("attention_mask has pads and the sequences are packed: leave the pads out of the row")
+        mask = None
+    return packing, mask
+
+
+def _masks(
+    config: Any, embeds: Tensor, mask: Tensor | None, cache: Any, position_ids: Tensor, packing: Packing | None,
+    kinds: set[str],
+) -> dict[str, Any]:  # fmt: skip
+    """The masks of the kinds of layers there are: 4-D (or what the attention function takes) for softmax, 2-D for linear."""
+    arguments: dict[str, Any] = {
+        "config": config,
+        "inputs_embeds": embeds,
+        "attention_mask": mask,
+        "past_key_values": cache,
+        "position_ids": position_ids,
+    }
+    if packing is not None:
+        # Transformers looks for packing in the positions, and only without a cache; ours is empty here.
+        arguments |= {"past_key_values": None, "position_ids": packing.positions}
+    masks = {}
+    if SOFTMAX in kinds:
+        sliding = getattr(config, "sliding_window", None) is not None
+        masks[SOFTMAX] = (create_sliding_window_causal_mask if sliding else create_causal_mask)(**arguments)
+    if LINEAR in kinds:
+        masks[LINEAR] = create_recurrent_attention_mask(**arguments)
+    return masks

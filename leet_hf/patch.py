@@ -1,0 +1,231 @@
+"""patch_model, unpatch_model and patch_report: replace the forward of live modules on one model, and put them back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from leet_linear_attention import available_methods
+from torch import nn
+
+from .adapters import Adapter, adapters
+from .generation import GenerationBinding, install_generation, restore_generation
+from .host import HostBinding
+from .layer import LayerBinding, layer_forward
+from .report import LayerReport, PatchReport
+from .slots import foreign_forward, install_forward, meta_tensor, restore_forward
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class UnsupportedModelError(ValueError):
+    """A model that can not be patched; the message says why and what is supported."""
+
+
+@dataclass
+class _Host:
+    """A base model found in a model, with all that patching will put on it and its layers."""
+
+    name: str
+    module: nn.Module
+    binding: HostBinding
+    layers: list[tuple[str, nn.Module, LayerBinding]]
+
+
+def patch_model(model: Model, *, method: str = "auto") -> Model:
+    """Make a model's linear-attention layers right and fast: recurrent cache, exact padding and packing, fp32 states.
+
+    Replaces the forward of the recognised layers and of their base model on this instance alone, and lets its generate()
+    use standard caches. Parameters, buffers, config, class and everything `save_pretrained` writes stay as they are.
+    Patching a patched model again only sets `method`.
+
+    Args:
+        model: a live model, or one that contains it (PEFT, say); before or after `.to()`, with or without device_map.
+        method: of the operator: "auto", or a name from `leet_linear_attention.available_methods()`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UnsupportedModelError: no recognised layer, one that is not as expected, or one on the meta device.
+        ValueError: an unknown method. After any exception the model is as it was.
+    """
+    _check_method(method)
+    hosts = _plan(model, method)
+    undo: list[Callable[[], None]] = []
+    try:
+        for host in hosts:
+            _apply(host, model, undo)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    for host in hosts:
+        for _, module, _ in host.layers:
+            module._leet.method = method  # type: ignore[union-attr]
+    return model
+
+
+def unpatch_model(model: Model) -> Model:
+    """Put everything `patch_model` replaced back: the stock model, exactly. Does nothing to a model that is not patched."""
+    for module in model.modules():
+        binding = module.__dict__.get("_leet")
+        if isinstance(binding, LayerBinding | HostBinding):
+            _restore(module)
+        elif isinstance(binding, GenerationBinding):
+            restore_generation(module)
+    return model
+
+
+def patch_report(model: nn.Module) -> PatchReport:
+    """What was replaced, with which adapter, decay source and method, and why a layer was left alone.
+
+    Of a model that is not patched, what `patch_model` would do. Raises UnsupportedModelError as it does.
+    """
+    lines, layers = [], []
+    for host in _plan(model, "auto"):
+        patched = _is_patched(host.module)
+        state = "patched: standard caches, packing" if patched else "not patched: call patch_model(model)"
+        lines.append(f"{host.name or 'model'} ({type(host.module).__name__}): {state}")
+        recurrent = {id(module): (name, binding) for name, module, binding in host.layers}
+        for index, (name, attention) in enumerate(_attentions(host)):
+            if id(attention) not in recurrent:
+                kind = type(attention).__name__
+                layers.append(LayerReport(name, index, "", "", "", "left alone", f"{kind} is no recurrent layer"))
+                continue
+            path, planned = recurrent[id(attention)]
+            layers.append(_layer_report(path, attention, attention._leet if patched else planned, patched))  # type: ignore[arg-type]
+    for name, module in model.named_modules():
+        if isinstance(module.__dict__.get("_leet"), GenerationBinding):
+            lines.append(f"{name or 'model'} ({type(module).__name__}): generate() prepares standard caches")
+    return PatchReport(tuple(layers), tuple(lines))
+
+
+# Planning: checks everything, changes nothing.
+
+
+def _plan(model: nn.Module, method: str) -> list[_Host]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, must be a torch.nn.Module")
+    hosts = []
+    for name, module in model.named_modules():
+        adapter = next((a for a in adapters() if a.owns_base(module)), None)
+        if adapter is not None:
+            host = _plan_host(name, module, adapter, method)
+            if host.layers:
+                hosts.append(host)
+    if not hosts:
+        raise UnsupportedModelError(_unsupported(model))
+    return hosts
+
+
+def _plan_host(name: str, base: nn.Module, adapter: Adapter, method: str) -> _Host:
+    layers = []
+    for path, module in base.named_modules(prefix=name):
+        if adapter.owns_layer(module):
+            binding = module.__dict__.get("_leet") or _plan_layer(path, module, adapter, method)
+            layers.append((path, module, binding))
+    binding = base.__dict__.get("_leet")
+    if binding is None and layers:
+        _check_module(name or "model", base, adapter.base_misfit(base))
+        binding = HostBinding(adapter, adapter.cache_spec(base))
+    return _Host(name, base, binding, layers)
+
+
+def _plan_layer(path: str, layer: nn.Module, adapter: Adapter, method: str) -> LayerBinding:
+    _check_module(path, layer, adapter.misfit(layer))
+    lacking = meta_tensor(layer)
+    if lacking is not None:
+        raise UnsupportedModelError(f"{path}.{lacking} is on the meta device: load the weights first, then patch")
+    try:
+        decay = adapter.decay(layer)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{path}: {error}") from error
+    return LayerBinding(adapter, adapter.index(layer), decay, method)
+
+
+def _check_module(path: str, module: nn.Module, misfit: str | None) -> None:
+    kind = type(module).__name__
+    if misfit is not None:
+        raise UnsupportedModelError(f"{path} is a {kind} but {misfit}: its code is not what the adapter was written for")
+    foreign = foreign_forward(module)
+    if foreign is not None:
+        raise UnsupportedModelError(
+            f"{path} ({kind}) has had its forward replaced already, by {foreign}: patch the model before that"
+        )
+
+
+def _check_method(method: str) -> None:
+    known = ["auto", *available_methods()]
+    if method not in known:
+        raise ValueError(f"method is {method!r}, must be one of {', '.join(map(repr, known))}")
+
+
+def _unsupported(model: nn.Module) -> str:
+    supported = "\n".join(f"  {a.name}: {a.layer_class} inside {a.base_class}" for a in adapters())
+    stray = [(a, name) for a in adapters() for name, module in model.named_modules() if a.owns_layer(module)]
+    if stray:
+        adapter, name = stray[0]
+        found = f"has {name or 'a layer'} ({adapter.layer_class}) without its {adapter.base_class}: pass the whole model"
+    else:
+        found = "has no linear-attention layer that an adapter recognises"
+    return f"{type(model).__name__} {found}. Supported:\n{supported}"
+
+
+# Applying and undoing.
+
+
+def _apply(host: _Host, model: nn.Module, undo: list[Callable[[], None]]) -> None:
+    base, adapter = host.module, host.binding.adapter
+    for _, module, binding in host.layers:
+        if not _is_patched(module):
+            undo.append(lambda module=module: _restore(module))  # type: ignore[misc]
+            _install(module, layer_forward, binding)
+    if not _is_patched(base):
+        undo.append(lambda: _restore(base))
+        _install(base, adapter.base_forward, host.binding)
+    for module in model.modules():
+        generates = hasattr(type(module), "_prepare_cache_for_generation") and getattr(module, "base_model", None) is base
+        if generates and not _is_patched(module):
+            undo.append(lambda module=module: restore_generation(module))  # type: ignore[misc]
+            install_generation(module, host.binding.spec)
+
+
+def _install(module: nn.Module, function: Callable[..., object], binding: LayerBinding | HostBinding) -> None:
+    binding.had_entry = install_forward(module, function)
+    module.__dict__["_leet"] = binding
+
+
+def _restore(module: nn.Module) -> None:
+    binding = module.__dict__.pop("_leet", None)
+    if binding is not None:
+        function = layer_forward if isinstance(binding, LayerBinding) else binding.adapter.base_forward
+        restore_forward(module, function, binding.had_entry)
+
+
+def _is_patched(module: nn.Module) -> bool:
+    return "_leet" in module.__dict__
+
+
+# Reporting.
+
+
+def _attentions(host: _Host) -> list[tuple[str, nn.Module]]:
+    prefix = f"{host.name}." if host.name else ""
+    return [(f"{prefix}layers.{i}.self_attn", block.self_attn) for i, block in enumerate(host.module.layers)]  # type: ignore[union-attr, arg-type]
+
+
+def _layer_report(name: str, layer: nn.Module, binding: LayerBinding, patched: bool) -> LayerReport:
+    status, reason = ("patched", "") if patched else ("not patched", "call patch_model(model)")
+    decay = "per token" if binding.decay is None else binding.decay.source
+    return LayerReport(name, binding.index, binding.adapter.name, decay, _method(layer, binding.method), status, reason)
+
+
+def _method(layer: nn.Module, method: str) -> str:
+    """What "auto" comes to where the layer's weights are now."""
+    if method != "auto":
+        return method
+    weight = next(layer.parameters())
+    serving = (name for name, refusal in available_methods(weight.device, weight.dtype).items() if refusal is None)
+    return f"auto ({next(serving, 'none can run here')})"
