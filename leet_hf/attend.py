@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from leet_linear_attention import linear_attention, linear_attention_step
 from torch import Tensor
+
+from leet_linear_attention import linear_attention, linear_attention_step
 
 from .cache import RecurrentLayer
 from .packing import beginnings, sequence_index
@@ -41,19 +42,18 @@ def attend(
     Returns:
         o [B, T, H, V] in q's dtype and the last state [B, H, K, V], or None.
     """
-    with _full_precision(q):
-        if layer is not None and cu_seqlens is not None and layer.holds_back(q.shape[1]):
-            seq_idx, cu_seqlens = sequence_index(cu_seqlens, q.shape[1]), None
-        if mask is not None:
-            q, k, v, log_decay = _silence_pads(q, k, v, log_decay, mask.bool())
-        if seq_idx is not None and cu_seqlens is None:
-            log_decay = _forget_at(beginnings(seq_idx), q, k, v, log_decay)
-        if layer is not None:
-            return _after_the_past(q, k, v, log_decay, scale, method, cu_seqlens, layer, return_state)
-        o, state = linear_attention(
-            q, k, v, log_decay, scale=scale, output_final_state=return_state, cu_seqlens=cu_seqlens, method=method
-        )
-        return o, _last_sequence(state, cu_seqlens)
+    if layer is not None and cu_seqlens is not None and layer.stepped(q.shape[1]):
+        seq_idx, cu_seqlens = sequence_index(cu_seqlens, q.shape[1]), None
+    if mask is not None:
+        q, k, v, log_decay = _silence_pads(q, k, v, log_decay, mask.bool())
+    if seq_idx is not None and cu_seqlens is None:
+        log_decay = _forget_at(beginnings(seq_idx), q, k, v, log_decay)
+    if layer is not None:
+        return _after_the_past(q, k, v, log_decay, scale, method, cu_seqlens, layer, return_state)
+    o, state = linear_attention(
+        q, k, v, log_decay, scale=scale, output_final_state=return_state, cu_seqlens=cu_seqlens, method=method
+    )
+    return o, _last_sequence(state, cu_seqlens)
 
 
 def _after_the_past(
@@ -113,16 +113,10 @@ def _of_tokens(log_decay: Tensor | None, tokens: slice) -> Tensor | None:
     return log_decay[:, tokens] if log_decay is not None and log_decay.dim() == 3 else log_decay
 
 
-def _last_sequence(state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+def _last_sequence(state: Any, cu_seqlens: Tensor | None) -> Any:
     """The state of the last packed sequence that has tokens, [1, H, K, V]; without packing, the state."""
     if state is None or cu_seqlens is None:
         return state
     place = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device)
     last = torch.where(cu_seqlens[1:] > cu_seqlens[:-1], place, 0).max()
     return state.index_select(0, last[None])
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast would round the state's matrix products to 16 bits."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

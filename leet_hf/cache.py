@@ -6,23 +6,24 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
-from leet_linear_attention import DecodeState
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+
+from leet_linear_attention import DecodeState
 
 from .shapes import CacheSpec, RecurrentShape
 
 BUFFER = 16  # tokens between two updates of the base state in plain decoding
 WINDOW = 64  # tokens that can be taken back after a recorded forward, at least
-WIDEST = 1024  # tokens that can be taken back at most, however many forwards go without a crop
+WIDEST = 128  # tokens that a recording cache comes to hold by itself, however many go without a crop
 
 
 class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
     """One layer's recurrent state and length. Lives in `cache.layers` where a LinearAttentionLayer would.
 
-    It wraps one DecodeState, made when the first tokens come. It knows its own length, so that a cache works whose first
-    layer, or every layer, is recurrent. Tokens are taken back (`crop`) while the DecodeState's buffer holds them; after
-    `activate_past_recording`, that is at least `window` tokens, and with `grows` all since the last crop.
+    It wraps one DecodeState, made when the first tokens come. It knows its own length, so that a cache works whose
+    first layer, or every layer, is recurrent. Tokens are taken back (`crop`) while the DecodeState's buffer holds them;
+    after `activate_past_recording`, that is at least `window` tokens, and with `grows` all since the last crop.
     """
 
     is_compileable = False
@@ -52,17 +53,15 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
         return self.has_previous_state[0]
 
     def ready(self, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> DecodeState:
-        """The state, with room for `tokens` more tokens of `batch` rows. Raises ValueError if it is of another batch."""
+        """The state, with room for `tokens` more tokens; allocated for `batch` rows if it is not yet."""
         if self.state is None:
             self._open(batch, dtype, device)
         assert self.state is not None
-        if self.state.base.shape[0] != batch:
-            raise ValueError(
-                f"past_key_values holds {self.state.base.shape[0]} rows in layer {self.index}, but the input has {batch}: "
-                "use cache.batch_select_indices or cache.batch_repeat_interleave, or start from an empty cache"
-            )
-        if self.record_past and self.grows and self._since_crop is not None:
-            self._keep_at_least(min(self._since_crop + tokens, WIDEST))
+        if self.record_past:
+            # The first forward may hold a whole prompt: of that one, `window` tokens are enough.
+            self._since_crop = 0 if self._since_crop is None else self._since_crop + tokens
+            if self.grows:
+                self._keep_at_least(min(self._since_crop, WIDEST))
         return self.state
 
     def stepped(self, tokens: int) -> int:
@@ -128,11 +127,11 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
             self._open(key_states.shape[0], key_states.dtype, key_states.device)
 
     def reset(self) -> None:
-        if self.state is not None:
-            self.state.reset()
-        self.graph, self._held, self._since_crop = None, 0, None
-        self._set_length(0)
-        self.has_previous_state[0] = False
+        """Forget everything, the batch size included, as a softmax layer of a DynamicCache does."""
+        self.state = None
+        self.is_initialized = self.is_recurrent_states_initialized[0] = False
+        self.__dict__.pop("batch_size", None)
+        self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.state is not None:
@@ -144,13 +143,13 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
             indices = torch.as_tensor(indices, device=self.state.base.device)
             # Fancy indexing, which softmax layers use, also takes a mask of rows.
             indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-            with _lasting_tensors():
+            with lasting_tensors():
                 self.state.select(indices)
             self._moved()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.state is not None:
-            with _lasting_tensors():
+            with lasting_tensors():
                 self.state.repeat(repeats)
             self._moved()
 
@@ -205,10 +204,15 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
 
     # Inside.
 
+    def _forget(self) -> None:
+        self.graph, self._held, self._since_crop = None, 0, None
+        self._set_length(0)
+        self.has_previous_state[0] = False
+
     def _not_ours(self, what: str) -> NoReturn:
         raise ValueError(
-            f"{what} to cache layer {self.index}, which is the recurrent layer of a patched model: use a cache of its own "
-            "for every other model"
+            f"{what} to cache layer {self.index}, the recurrent layer of a patched model: give every other model "
+            "a cache of its own"
         )
 
     def _sizes(self) -> tuple[int, int]:
@@ -220,13 +224,13 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def _open(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         self.state = self._allocate(batch, dtype, device, *self._sizes())
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device = dtype, device  # type: ignore[assignment]
         self.is_initialized = self.is_recurrent_states_initialized[0] = True
         self._moved()
 
     def _allocate(self, batch: int, dtype: torch.dtype, device: torch.device, buffer: int, keep: int) -> DecodeState:
         heads, key_heads, value_heads, key_dim, value_dim = self.shape
-        with _lasting_tensors():
+        with lasting_tensors():
             return DecodeState.allocate(
                 batch, heads, key_dim, value_dim, buffer, dtype, device,
                 key_heads=key_heads, value_heads=value_heads, keep=keep,
@@ -254,72 +258,16 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
     def _count(self, tokens: int) -> None:
         self._set_length(self.cumulative_length + tokens)
         self.has_previous_state[0] = True
-        if self.record_past:
-            # The first forward may hold a whole prompt: of that one, `window` tokens are enough.
-            self._since_crop = 0 if self._since_crop is None else self._since_crop + tokens
 
     def _set_length(self, length: int) -> None:
         self.cumulative_length = length
-
-
-class StaticRecurrentLayer(RecurrentLayer):
-    """A recurrent layer of a StaticCache: addresses never change and the length is a tensor, so one graph serves all."""
-
-    is_compileable = True
-    is_croppable = False  # type: ignore[assignment]  # as StaticLayer
-
-    def __init__(self, spec: CacheSpec, index: int, max_cache_len: int | None) -> None:
-        """max_cache_len: of the cache's softmax layers, None if there is none."""
-        super().__init__(spec, index)
-        self.max_cache_len = max_cache_len
-        with _lasting_tensors():
-            self.cumulative_length = torch.tensor(0, dtype=torch.int64)
-
-    def get_seq_length(self) -> Any:
-        """A tensor on the device; 0 before the first tokens, as StaticLayer."""
-        return self.cumulative_length if self.is_initialized else 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length if self.max_cache_len is None else self.max_cache_len, 0
-
-    def get_max_length(self) -> int:
-        return -1 if self.max_cache_len is None else self.max_cache_len
-
-    def activate_past_recording(self) -> None:
-        """Nothing: a static cache can not be cropped, which `is_croppable` says."""
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise RuntimeError(
-            f"cache layer {self.index} (recurrent, static) can not take tokens back: use a DynamicCache to crop"
-        )
-
-    def _moved(self) -> None:
-        super()._moved()
-        assert self.state is not None
-        with _lasting_tensors():
-            self.cumulative_length = self.cumulative_length.to(self.state.base.device)
-        if not torch.compiler.is_compiling():
-            held = self.state
-            for x in (held.base, held.keys, held.values, held.log_decays, held.cursor, self.cumulative_length):
-                torch._dynamo.mark_static_address(x)
-
-    def count_step(self, tokens: int) -> None:
-        # The host's copy of the counter is for crop alone; an int that changes would compile again at every step.
-        self._count(tokens)
-
-    def _count(self, tokens: int) -> None:
-        self.cumulative_length.add_(tokens)
-        self.has_previous_state[0] = True
-
-    def _set_length(self, length: int) -> None:
-        self.cumulative_length.fill_(length)
 
 
 def _power_of_two(at_least: int) -> int:
     return 1 << (at_least - 1).bit_length()
 
 
-def _lasting_tensors() -> AbstractContextManager[object]:
+def lasting_tensors() -> AbstractContextManager[object]:
     """Tensors made in inference mode could not be written to outside it: make ordinary ones."""
     if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
         return torch.inference_mode(False)

@@ -20,8 +20,8 @@ def power_slopes(heads: int) -> tuple[float, ...]:
 def alibi_slopes(heads: int) -> tuple[float, ...]:
     """ALiBi slopes (Press et al., "Train Short, Test Long", arXiv 2108.12409, and its released code).
 
-    The power formula where H is a power of two; otherwise the slopes of the next lower power of two n, then every second
-    slope of 2n.
+    The power formula where H is a power of two; otherwise the slopes of the next lower power of two n, then every
+    second slope of 2n.
     """
     lower = 1 << (heads.bit_length() - 1)
     if lower == heads:

@@ -155,13 +155,13 @@ def judge_modes(subject: Subject, new: int = 20) -> Iterator[Verdict]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars and no warnings: stock's are about what the tables show."""
-    kept = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.CRITICAL)
+    kept = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     transformers.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers.logging.set_verbosity(kept)
+        logging.disable(kept)
         transformers.logging.enable_progress_bar()

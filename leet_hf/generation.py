@@ -1,4 +1,4 @@
-"""What generate() needs from a patched model: standard caches, prepared with recurrent layers before the first forward."""
+"""What generate() needs from a patched model: standard caches, with recurrent layers before the first forward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .upgrade import recurrent_layers, upgrade
 
 @dataclass
 class GenerationBinding:
-    """What patching puts on a model that generates. attributes: those it replaced on the instance, to take off again."""
+    """What patching puts on a model that generates. attributes: what it set on the instance, to take off again."""
 
     spec: CacheSpec
     attributes: tuple[str, ...] = field(default_factory=tuple)
@@ -47,10 +47,11 @@ def upgrade_cache(cache: Any, model: nn.Module) -> Any:
     whose prefill is compiled. Raises ValueError, with nothing changed, if the model is not patched or the cache is of
     another kind or model.
     """
-    specs = [m._leet.spec for m in model.modules() if isinstance(m.__dict__.get("_leet"), HostBinding)]
-    if len(specs) != 1:
-        raise ValueError(f"model has {len(specs)} patched base models, must have one: call patch_model(model) first")
-    upgrade(cache, specs[0])
+    bindings = [module.__dict__.get("_leet") for module in model.modules()]
+    hosts = [binding for binding in bindings if isinstance(binding, HostBinding)]
+    if len(hosts) != 1:
+        raise ValueError(f"model has {len(hosts)} patched base models, must have one: call patch_model(model) first")
+    upgrade(cache, hosts[0].spec)
     return cache
 
 

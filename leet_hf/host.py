@@ -82,8 +82,9 @@ def decoder_forward(
     if getattr(self.config, "output_attentions", False):
         kwargs.setdefault("output_attentions", True)
 
-    masks = attention_mask
-    if not isinstance(masks, dict):
+    if isinstance(attention_mask, dict):
+        masks = attention_mask
+    else:
         masks = _masks(self.config, inputs_embeds, attention_mask, past, position_ids, packing, set(layer_types))
 
     hidden_states = inputs_embeds
@@ -137,10 +138,10 @@ def _packing(
 
 
 def _masks(
-    config: Any, embeds: Tensor, mask: Tensor | None, cache: Any, position_ids: Tensor, packing: Packing | None,
+    config: Any, embeds: Tensor, mask: Any, cache: Any, position_ids: Tensor, packing: Packing | None,
     kinds: set[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """The masks of the kinds of layers there are: 4-D (or what the attention function takes) for softmax, 2-D for linear."""
+    """Masks by kind of layer: 4-D (or what the attention function takes) for softmax, 2-D or None for linear."""
     arguments: dict[str, Any] = {
         "config": config,
         "inputs_embeds": embeds,

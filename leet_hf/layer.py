@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class LayerBinding:
     """What patching puts on a recurrent layer. A plain attribute: no parameter, no buffer, nothing a state dict shows.
 
-    decay: fixed decays, None where the adapter gives them per token. method: of the operator. had_entry: how to take the
-    patch off again.
+    decay: fixed decays, None where the adapter gives them per token. method: of the operator. had_entry: how to take
+    the patch off again.
     """
 
     adapter: Adapter
@@ -31,7 +31,7 @@ class LayerBinding:
     _tensors: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
 
     def log_decay(self, like: Tensor) -> Tensor | None:
-        """The fixed decays as [H] on the device of `like`, float32 (float64 for float64), whatever the model's dtype."""
+        """The fixed decays [H] on the device of `like`, float32 (float64 for float64) whatever the model's dtype."""
         if self.decay is None:
             return None
         key = (like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
@@ -57,9 +57,9 @@ def layer_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Replaces the forward of a recurrent layer.
 
-    hidden_states [B, T, hidden]; attention_mask None or [B, T], 0 at pads; past_key_values None or a cache with recurrent
-    layers. Returns the output [B, T, hidden] and, if attentions are asked for, the state [B, H, K, V] (what the stock
-    layer returns there).
+    hidden_states [B, T, hidden]; attention_mask None or [B, T], 0 at pads; past_key_values None or a cache with
+    recurrent layers. Returns the output [B, T, hidden] and, if attentions are asked for, the state [B, H, K, V] (what
+    the stock layer returns there). Raises ValueError for a cache without recurrent layers.
     """
     binding: LayerBinding = self._leet  # type: ignore[assignment]
     adapter = binding.adapter

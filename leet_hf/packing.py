@@ -11,7 +11,7 @@ from .versions import find_packed_sequence_indices
 
 
 class Packing(NamedTuple):
-    """seq_idx int [B, T]: which sequence of its row each token belongs to. positions int64 [B, T]: 0 at each beginning."""
+    """seq_idx int [B, T]: which sequence each token belongs to. positions int64 [B, T]: counted from its beginning."""
 
     seq_idx: Tensor
     positions: Tensor
@@ -28,8 +28,8 @@ def find_packing(
 ) -> Packing | None:
     """What is packed, from the bounds [N + 1], the index [B, T] or [1, T], or from positions that restart.
 
-    look_at_positions: whether restarting positions mean packing here, as they do in transformers only without a mask and
-    without a past. Raises ValueError where the bounds or the index do not fit [B, T].
+    look_at_positions: whether restarting positions mean packing here, as they do in transformers only without a mask
+    and without a past. Raises ValueError where the bounds or the index do not fit [B, T].
     """
     if cu_seqlens is not None:
         if batch != 1:
@@ -38,7 +38,7 @@ def find_packing(
     elif seq_idx is not None:
         if seq_idx.dim() != 2 or seq_idx.shape[0] not in (1, batch) or seq_idx.shape[1] != tokens:
             raise ValueError(
-                f"seq_idx has shape {list(seq_idx.shape)}, must be [{batch}, {tokens}]: one entry per token of input_ids"
+                f"seq_idx has shape {list(seq_idx.shape)}, must be [{batch}, {tokens}]: give one entry per token"
             )
         seq_idx = seq_idx.expand(batch, -1)
     elif look_at_positions and position_ids is not None and tokens > 1:

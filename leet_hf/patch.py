@@ -1,4 +1,4 @@
-"""patch_model, unpatch_model and patch_report: replace the forward of live modules on one model, and put them back."""
+"""patch_model, unpatch_model and patch_report: replace the forward of modules of one model, and put it back."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from leet_linear_attention import available_methods
 from torch import nn
+
+from leet_linear_attention import available_methods
 
 from .adapters import Adapter, adapters
 from .generation import GenerationBinding, install_generation, restore_generation
@@ -36,9 +37,9 @@ class _Host:
 def patch_model(model: Model, *, method: str = "auto") -> Model:
     """Make a model's linear-attention layers right and fast: recurrent cache, exact padding and packing, fp32 states.
 
-    Replaces the forward of the recognised layers and of their base model on this instance alone, and lets its generate()
-    use standard caches. Parameters, buffers, config, class and everything `save_pretrained` writes stay as they are.
-    Patching a patched model again only sets `method`.
+    Replaces the forward of the recognised layers and of their base model on this instance alone, and lets its
+    generate() use standard caches. Parameters, buffers, config, class and everything `save_pretrained` writes stay as
+    they are. Patching a patched model again only sets `method`.
 
     Args:
         model: a live model, or one that contains it (PEFT, say); before or after `.to()`, with or without device_map.
@@ -62,13 +63,13 @@ def patch_model(model: Model, *, method: str = "auto") -> Model:
             step()
         raise
     for host in hosts:
-        for _, module, _ in host.layers:
-            module._leet.method = method  # type: ignore[union-attr]
+        for _, _, binding in host.layers:
+            binding.method = method
     return model
 
 
 def unpatch_model(model: Model) -> Model:
-    """Put everything `patch_model` replaced back: the stock model, exactly. Does nothing to a model that is not patched."""
+    """Put back everything `patch_model` replaced: the stock model, exactly. Nothing happens to one not patched."""
     for module in model.modules():
         binding = module.__dict__.get("_leet")
         if isinstance(binding, LayerBinding | HostBinding):
@@ -88,14 +89,14 @@ def patch_report(model: nn.Module) -> PatchReport:
         patched = _is_patched(host.module)
         state = "patched: standard caches, packing" if patched else "not patched: call patch_model(model)"
         lines.append(f"{host.name or 'model'} ({type(host.module).__name__}): {state}")
-        recurrent = {id(module): (name, binding) for name, module, binding in host.layers}
-        for index, (name, attention) in enumerate(_attentions(host)):
-            if id(attention) not in recurrent:
-                kind = type(attention).__name__
-                layers.append(LayerReport(name, index, "", "", "", "left alone", f"{kind} is no recurrent layer"))
-                continue
-            path, planned = recurrent[id(attention)]
-            layers.append(_layer_report(path, attention, attention._leet if patched else planned, patched))  # type: ignore[arg-type]
+        recurrent = {id(module): binding for _, module, binding in host.layers}
+        for index, (path, attention) in enumerate(host.binding.adapter.attentions(host.module)):
+            path = f"{host.name}.{path}" if host.name else path
+            if id(attention) in recurrent:
+                layers.append(_layer_report(path, attention, recurrent[id(attention)], patched))
+            else:
+                reason = f"{type(attention).__name__} is no recurrent layer"
+                layers.append(LayerReport(path, index, "", "", "", "left alone", reason))
     for name, module in model.named_modules():
         if isinstance(module.__dict__.get("_leet"), GenerationBinding):
             lines.append(f"{name or 'model'} ({type(module).__name__}): generate() prepares standard caches")
@@ -113,24 +114,33 @@ def _plan(model: nn.Module, method: str) -> list[_Host]:
         adapter = next((a for a in adapters() if a.owns_base(module)), None)
         if adapter is not None:
             host = _plan_host(name, module, adapter, method)
-            if host.layers:
+            if host is not None:
                 hosts.append(host)
     if not hosts:
         raise UnsupportedModelError(_unsupported(model))
     return hosts
 
 
-def _plan_host(name: str, base: nn.Module, adapter: Adapter, method: str) -> _Host:
+def _plan_host(name: str, base: nn.Module, adapter: Adapter, method: str) -> _Host | None:
     layers = []
     for path, module in base.named_modules(prefix=name):
         if adapter.owns_layer(module):
             binding = module.__dict__.get("_leet") or _plan_layer(path, module, adapter, method)
             layers.append((path, module, binding))
-    binding = base.__dict__.get("_leet")
-    if binding is None and layers:
+    host: HostBinding | None = base.__dict__.get("_leet")
+    if not layers:
+        return None
+    if host is None:
         _check_module(name or "model", base, adapter.base_misfit(base))
-        binding = HostBinding(adapter, adapter.cache_spec(base))
-    return _Host(name, base, binding, layers)
+        places = {id(attention): place for place, (_, attention) in enumerate(adapter.attentions(base))}
+        for path, module, planned in layers:
+            if places.get(id(module)) != planned.index:
+                raise UnsupportedModelError(
+                    f"{path} says it is layer {planned.index} but is layer {places.get(id(module))}: number the layers "
+                    "in their order, as caches do"
+                )
+        host = HostBinding(adapter, adapter.cache_spec(base))
+    return _Host(name, base, host, layers)
 
 
 def _plan_layer(path: str, layer: nn.Module, adapter: Adapter, method: str) -> LayerBinding:
@@ -148,7 +158,7 @@ def _plan_layer(path: str, layer: nn.Module, adapter: Adapter, method: str) -> L
 def _check_module(path: str, module: nn.Module, misfit: str | None) -> None:
     kind = type(module).__name__
     if misfit is not None:
-        raise UnsupportedModelError(f"{path} is a {kind} but {misfit}: its code is not what the adapter was written for")
+        raise UnsupportedModelError(f"{path} is a {kind}, but {misfit}: the adapter was written for other code")
     foreign = foreign_forward(module)
     if foreign is not None:
         raise UnsupportedModelError(
@@ -167,7 +177,7 @@ def _unsupported(model: nn.Module) -> str:
     stray = [(a, name) for a in adapters() for name, module in model.named_modules() if a.owns_layer(module)]
     if stray:
         adapter, name = stray[0]
-        found = f"has {name or 'a layer'} ({adapter.layer_class}) without its {adapter.base_class}: pass the whole model"
+        found = f"has {name or 'itself'}, a {adapter.layer_class}, without the {adapter.base_class}: pass that"
     else:
         found = "has no linear-attention layer that an adapter recognises"
     return f"{type(model).__name__} {found}. Supported:\n{supported}"
@@ -186,8 +196,9 @@ def _apply(host: _Host, model: nn.Module, undo: list[Callable[[], None]]) -> Non
         undo.append(lambda: _restore(base))
         _install(base, adapter.base_forward, host.binding)
     for module in model.modules():
-        generates = hasattr(type(module), "_prepare_cache_for_generation") and getattr(module, "base_model", None) is base
-        if generates and not _is_patched(module):
+        # On the class: a PEFT wrapper passes attributes of the model inside on as its own.
+        generates = hasattr(type(module), "_prepare_cache_for_generation")
+        if generates and getattr(module, "base_model", None) is base and not _is_patched(module):
             undo.append(lambda module=module: restore_generation(module))  # type: ignore[misc]
             install_generation(module, host.binding.spec)
 
@@ -209,11 +220,6 @@ def _is_patched(module: nn.Module) -> bool:
 
 
 # Reporting.
-
-
-def _attentions(host: _Host) -> list[tuple[str, nn.Module]]:
-    prefix = f"{host.name}." if host.name else ""
-    return [(f"{prefix}layers.{i}.self_attn", block.self_attn) for i, block in enumerate(host.module.layers)]  # type: ignore[union-attr, arg-type]
 
 
 def _layer_report(name: str, layer: nn.Module, binding: LayerBinding, patched: bool) -> LayerReport:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class LayerReport:
     """One attention layer: its module path and place, and what was done with it.
 
-    status: "patched", "not patched" (a recognised layer of a model that is not patched) or "left alone"; reason: why, where
-    it is not patched. adapter, decay (where its decays come from) and method are "" for a layer that is left alone.
+    status: "patched", "not patched" (a recognised layer of a model that is not patched) or "left alone"; reason: why,
+    where it is not patched. adapter, decay (where its decays come from) and method are "" for one that is left alone.
     """
 
     name: str
@@ -40,7 +40,5 @@ class PatchReport:
             status = f"{layer.status}: {layer.reason}" if layer.reason else layer.status
             rows.append((layer.name, layer.adapter or "-", layer.decay or "-", layer.method or "-", status))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([f"{self.patched} of {len(self.layers)} attention layers patched", *self.host, *table])

@@ -29,14 +29,19 @@ class Page:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.column = 0
+        self.spaces = ""  # held back: at a line's end they would fall into the next line
 
     def write(self, text: str) -> None:
-        for piece in re.findall(r"\n|[^\n ]+ ?| +", text):
-            if piece != "\n" and self.column + len(piece.rstrip()) > self.console.width:
+        for piece in re.findall(r"\n| +|[^\n ]+", text):
+            if piece.startswith(" "):
+                self.spaces += piece
+                continue
+            if piece == "\n" or self.column + len(self.spaces) + len(piece) > self.console.width:
                 self.console.out("")
-                self.column = 0
-            self.console.out(piece, end="", highlight=False)
-            self.column = 0 if piece == "\n" else self.column + len(piece)
+                self.column, self.spaces = 0, ""
+            if piece != "\n":
+                self.console.out(self.spaces + piece, end="", highlight=False)
+                self.column, self.spaces = self.column + len(self.spaces) + len(piece), ""
         self.console.file.flush()
 
 
@@ -94,9 +99,7 @@ def _show_speed(console: Console, subject: demo.Subject, written: dict[str, demo
         table.add_row(f"cache after {length} tokens", *(f"{size / 1024:,.0f} KiB" for size in sizes))
     console.print(table)
     softmax = demo.softmax_cache_bytes(subject.stock, length)
-    console.print(
-        f"Were every layer softmax attention, the cache after {length} tokens would be {softmax / 1024:,.0f} KiB.\n"
-    )
+    console.print(f"With softmax attention in every layer, {length} tokens would take {softmax / 1024:,.0f} KiB.\n")
 
 
 def _show_modes(console: Console, subject: demo.Subject, why: bool) -> int:

@@ -13,8 +13,9 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from .cache import RecurrentLayer, StaticRecurrentLayer
+from .cache import RecurrentLayer
 from .shapes import CacheSpec, RecurrentShape, SoftmaxShape
+from .static_cache import StaticRecurrentLayer
 
 START_ANEW = "pass no past_key_values, or a fresh DynamicCache(config=model.config)"
 
@@ -94,8 +95,8 @@ def _layer_for(spec: CacheSpec, index: int, layers: list[Any], static: bool) -> 
         new = StaticRecurrentLayer(spec, index, _max_length(layers))
         # Allocated early where the host has done so: a compiled prefill must find tensors, not make them.
         early = next((x for x in layers if isinstance(x, StaticLayer) and x.is_initialized), None)
-        if early is not None:
-            new.lazy_initialization(early.keys, early.values)
+        if early is not None and early.keys is not None:
+            new.lazy_initialization(early.keys, early.keys)
     if getattr(layer, "record_past", False):
         new.activate_past_recording()
     return new

@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import leet_linear_attention as package
 import pytest
 import torch
-from leet_linear_attention import reference
 from torch import Tensor
+
+import leet_linear_attention as package
+from leet_linear_attention import reference
 
 # RMS of the difference over RMS of the oracle, for outputs, states and gradients.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 6e-3}

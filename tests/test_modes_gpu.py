@@ -7,37 +7,28 @@ import functools
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from test_training_modes import assert_same, gradients, in_batch, packed, separate
 
+import tiny
 from leet_hf import patch_model
 from leet_hf.modes import Answer, Expected, Mode, Truth, check, modes
 from leet_hf.modes.helpers import generate
+from test_training_modes import assert_same, gradients, in_batch, packed, separate
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 MODES = {mode.name: mode for mode in modes()}
 # These make a float32 comparison of their own, or add weights that a float32 truth would not round.
 NOT_IN_BFLOAT16 = {"recorded-outputs", "lora", "bf16-decoding"}
 
 
 @functools.cache
-def truth_of(layout: str, rounded: bool = False) -> Truth:
-    """rounded: weights that bfloat16 can hold, and all experts used, so that rounding makes no jumps."""
-    model = tiny.model(layout, **({"num_experts_per_tok": 4} if rounded else {})).cuda()
-    if rounded:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(parameter.bfloat16())
-    return Truth(model, tiny.prompts())
+def truth_of(layout: str, *, rounded: bool) -> Truth:
+    return Truth((tiny.rounded(layout) if rounded else tiny.model(layout)).cuda(), tiny.prompts())
 
 
 @functools.cache
 def patched_of(layout: str, dtype: torch.dtype) -> Any:
-    truth = truth_of(layout, dtype != torch.float32)
+    truth = truth_of(layout, rounded=dtype != torch.float32)
     return patch_model(copy.deepcopy(truth.model).to(dtype))
 
 
@@ -46,7 +37,7 @@ def patched_of(layout: str, dtype: torch.dtype) -> Any:
 def test_float32_agrees_with_cache_free_stock(name: str, layout: str) -> None:
     if (lacking := MODES[name].missing()) is not None:
         pytest.skip(lacking)
-    outcome = check(MODES[name], patched_of(layout, torch.float32), truth=truth_of(layout))
+    outcome = check(MODES[name], patched_of(layout, torch.float32), truth=truth_of(layout, rounded=False))
     assert outcome.agrees, outcome.reason
 
 

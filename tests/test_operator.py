@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from leet_linear_attention import linear_attention, reference
+
+from leet_linear_attention import chunking, linear_attention, reference
 from operator_cases import (
     NAMES,
     TOLERANCE,
@@ -157,6 +160,35 @@ def test_nan_stays_in_its_sequence(target: tuple[str, str]) -> None:
         assert torch.equal(clean[name][:, keep], spoiled[name][:, keep]), name
     for name in ("final_state", "dinitial_state"):
         assert torch.equal(clean[name][[0, 2, 3]], spoiled[name][[0, 2, 3]]), name
+
+
+@pytest.fixture
+def loose_precision(target: tuple[str, str]) -> Iterator[None]:
+    """Everything a caller can switch on to make matrix products less exact."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    with torch.autocast(target[0], dtype=torch.bfloat16):
+        yield
+    torch.set_float32_matmul_precision(before)
+
+
+@TARGETS
+@pytest.mark.parametrize("decay", ["head", "token"])
+def test_autocast_and_tf32_change_nothing(target: tuple[str, str], decay: str, request) -> None:
+    device, method = target
+    x = make_inputs(Case(tokens=200, key_dim=64, value_dim=64, decay=decay), device)
+    oracle = run_oracle(x)
+    request.getfixturevalue("loose_precision")
+    assert_close(x, method, oracle)
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One chunk per segment: the state, its gradient and the ends of sequences pass through every hand-over."""
+    monkeypatch.setattr(chunking, "SEGMENT_NUMBERS", {"cpu": 1})
+    for packed in (False, True):
+        x = make_inputs(Case(tokens=200, packed=packed), "cpu")
+        assert_close(x, "torch", run_oracle(x))
 
 
 @TARGETS

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from leet_linear_attention import linear_attention, reference
 from operator_cases import Case, Inputs, error, make_inputs, targets
 
@@ -81,7 +84,7 @@ def test_packed_is_separate(target, case, seed, data) -> None:
     kind = data.draw(st.sampled_from([torch.int32, torch.int64]))
     packed = torch.tensor(bounds, dtype=kind, device=target[0])
     o, final = call(x, target, cu_seqlens=packed, initial_state=states)
-    for n, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
         alone, state = call(x, target, **{**tokens(x, begin, end), "initial_state": states[n : n + 1]})
         assert error(o[:, begin:end], alone) < tolerance
         assert error(final[n : n + 1], state) < tolerance
@@ -139,7 +142,7 @@ def test_the_future_does_not_reach_back(target, case, seed, data) -> None:
 @LAWS
 @given(case=cases, seed=seeds)
 def test_heads_repeated_or_shared(target, case, seed) -> None:
-    """Grouped heads are the same as repeated ones, and a log-decay per head the same as one repeated for every token."""
+    """Grouped heads are the same as repeated ones, a log-decay per head the same as one repeated for every token."""
     x, tolerance = setup(case, target, seed)
     h = x.initial_state.shape[1]
     repeated = {n: getattr(x, n).repeat_interleave(h // getattr(x, n).shape[2], 2) for n in ("q", "k", "v")}

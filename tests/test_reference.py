@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from leet_linear_attention import reference
 from operator_cases import Case, error, make_inputs, run_oracle
 

@@ -1,4 +1,4 @@
-"""DecodeState and the step operator: any sequence of steps, rewinds and row changes equals the oracle on what is left."""
+"""DecodeState and the step operator: after any steps, rewinds and changes of rows they equal the oracle."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import random
 
 import pytest
 import torch
+from torch import Tensor
+
 from leet_linear_attention import DecodeState, linear_attention, linear_attention_step, reference
 from operator_cases import TOLERANCE, error, targets, wide
-from torch import Tensor
 
 TARGETS = pytest.mark.parametrize("target", targets())
 B, K, V, N = 2, 24, 16, 8
@@ -23,7 +24,7 @@ class History:
         self.device, self.method = target
         self.dtype, self.heads = dtype, heads
         self.random, self.numbers = random.Random(seed), torch.Generator().manual_seed(seed)
-        hq, hk, hv, hg = heads
+        _, hk, hv, hg = heads
         self.state_heads = max(heads)
         self.state = DecodeState.allocate(
             B, self.state_heads, K, V, N, dtype, self.device, key_heads=hk, value_heads=hv, keep=keep
@@ -246,6 +247,24 @@ def test_bf16_decoding_keeps_the_state(target: tuple[str, str]) -> None:
         linear_attention_step(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], log_decay, state, method=method)
     _, final = reference.recurrent(q, k, v, log_decay, output_final_state=True)
     assert error(state.fold(), final) <= 1e-5
+
+
+@TARGETS
+def test_autocast_and_tf32_change_nothing(target: tuple[str, str]) -> None:
+    before = torch.get_float32_matmul_precision()
+    h = History(target, torch.float32)
+    news = [h.new(7) for _ in range(6)]
+    o, final = h.oracle(news[-1][0])
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast(target[0], dtype=torch.bfloat16):
+            for q, k, v, log_decay in news:
+                found = linear_attention_step(q, k, v, log_decay, h.state, scale=0.3, method=h.method)
+            state = h.state.fold()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert error(found, o) <= 1e-5
+    assert error(state, final) <= 1e-5
 
 
 def test_made_in_inference_mode_used_outside() -> None:

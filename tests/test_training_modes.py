@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithFlattening
 
+import tiny
 from leet_hf import patch_model
 from leet_hf.modes.helpers import Side, padded
 from leet_hf.modes.placing import with_lora

@@ -49,3 +49,12 @@ def prompts(lengths: tuple[int, ...] = (11, 17, 6), seed: int = 5) -> list[list[
     """Random prompts of the given lengths."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def rounded(layout: str = "linear-first") -> Any:
+    """A tiny float32 model whose weights bfloat16 can hold. All experts are used: choosing makes rounding jump."""
+    stock = model(layout, num_experts_per_tok=4)
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return stock

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..shapes import CacheSpec
+from ..shapes import CacheSpec, RecurrentShape, SoftmaxShape
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Decay:
 class Projected(NamedTuple):
     """What a layer projects its input to.
 
-    q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V] in one dtype; log_decay None where the layer's decays are fixed, else
-    float32 [B, T, H]; rest: whatever `finish` needs besides.
+    q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V] in one dtype; log_decay None where the layer's decays are fixed,
+    else float32 [B, T, H]; rest: whatever `finish` needs besides.
     """
 
     q: Tensor
@@ -72,8 +72,16 @@ class Adapter(ABC):
         """The layer's place among the decoder layers, which is its place in the cache."""
 
     @abstractmethod
+    def shape(self, attention: nn.Module) -> RecurrentShape | SoftmaxShape:
+        """What the cache of an attention module, recurrent or softmax, is made of."""
+
+    def attentions(self, base: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The attention modules of a base model in the order of its decoder layers, with their paths in it."""
+        return [(f"layers.{i}.self_attn", block.self_attn) for i, block in enumerate(base.layers)]  # type: ignore
+
     def cache_spec(self, base: nn.Module) -> CacheSpec:
         """The shapes of every decoder layer of a base model."""
+        return tuple(self.shape(attention) for _, attention in self.attentions(base))
 
     @abstractmethod
     def decay(self, layer: nn.Module) -> Decay | None:

@@ -1,4 +1,4 @@
-"""MiniMax as in transformers (model type `minimax`): lightning attention between softmax layers, experts behind each."""
+"""MiniMax as in transformers (model type `minimax`): lightning attention between softmax layers, and experts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import decay as formulas
-from ..host import decoder_forward
-from ..shapes import CacheSpec, RecurrentShape, SoftmaxShape
+from ..host import LINEAR, decoder_forward
+from ..shapes import RecurrentShape, SoftmaxShape
 from ..slots import stored_tensor
 from .base import Adapter, Decay, Projected
 
@@ -21,8 +21,8 @@ ROUNDING, TINY = 2.0**-7, 2.0**-24
 class MiniMaxAdapter(Adapter):
     """`MiniMaxLightningAttention` inside `MiniMaxModel`.
 
-    One packed projection, SiLU over all of it, then per head [q | k | v]; no rope, scale 1; RMSNorm over all heads, times
-    the sigmoid of a gate, then the output projection (transformers' modeling_minimax.py).
+    One packed projection, SiLU over all of it, then per head [q | k | v]; no rope, scale 1; RMSNorm over all heads,
+    times the sigmoid of a gate, then the output projection (transformers' modeling_minimax.py).
     """
 
     name = "minimax"
@@ -40,17 +40,21 @@ class MiniMaxAdapter(Adapter):
 
     def base_misfit(self, base: nn.Module) -> str | None:
         lacking = _lacks(base, ("embed_tokens", "layers", "norm", "rotary_emb", "config"))
-        if lacking is None and not hasattr(base.config, "layer_types"):
-            return "its config has no layer_types"
-        return lacking
+        if lacking is not None:
+            return lacking
+        config: Any = base.config
+        attentions = self.attentions(base)
+        if config.num_hidden_layers != len(attentions):
+            return f"it has {len(attentions)} layers and its config.num_hidden_layers is {config.num_hidden_layers}"
+        for (path, attention), kind in zip(attentions, config.layer_types, strict=False):
+            if self.owns_layer(attention) != (kind == LINEAR):
+                return f"its {path} is a {type(attention).__name__} where config.layer_types says {kind!r}"
+        return None
 
     def index(self, layer: nn.Module) -> int:
         return int(layer.layer_idx)  # type: ignore[arg-type]
 
-    def cache_spec(self, base: nn.Module) -> CacheSpec:
-        return tuple(self._shape(block.self_attn) for block in base.layers)  # type: ignore[union-attr]
-
-    def _shape(self, attention: Any) -> RecurrentShape | SoftmaxShape:
+    def shape(self, attention: Any) -> RecurrentShape | SoftmaxShape:
         if self.owns_layer(attention):
             heads, dim = attention.num_attention_heads, attention.head_dim
             return RecurrentShape(heads, heads, heads, dim, dim)

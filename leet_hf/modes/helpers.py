@@ -60,7 +60,7 @@ def generate(
     if options["input_ids"] is None:
         del options["input_ids"]
     with plain_generation(model, **settings or {}):
-        output = model.generate(pad_token_id=0, return_dict_in_generate=True, output_logits=True, **options)
+        output = model.generate(return_dict_in_generate=True, output_logits=True, **options)
     return rows_of(output, prompts), output
 
 

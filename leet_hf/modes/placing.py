@@ -55,6 +55,9 @@ class _Graphs:
         self.count += 1
         return graph.forward
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Graphs:
+        return self  # generate() copies its config, and with it the backend; the count stays one
+
     def must_be_one(self, steps: int) -> None:
         if self.count != 1:
             raise ModeError(f"{self.count} graphs were traced for {steps} steps; one serves all lengths")

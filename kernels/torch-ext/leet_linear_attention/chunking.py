@@ -11,7 +11,7 @@ CHUNK = {"cpu": 32}
 CHUNK_ON_DEVICE = 64
 # Scores (chunk x chunk), states and tokens of one segment stay below this many numbers each: few enough for a CPU's
 # cache and to bound the memory of a long sequence, enough that the Python loop over segments costs little.
-SEGMENT_NUMBERS = {"cpu": 1 << 18}
+SEGMENT_NUMBERS = {"cpu": 1 << 19}
 SEGMENT_NUMBERS_ON_DEVICE = 1 << 24
 
 

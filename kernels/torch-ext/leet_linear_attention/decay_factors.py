@@ -16,8 +16,8 @@ FLOOR = {torch.float32: -200.0, torch.float64: -800.0}
 def rounded_in_turns(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """`exact` (float64) in `dtype`, rounded down or up so that along the first dimension the errors cancel.
 
-    A state is multiplied by a chunk's decay again and again. Rounded to nearest, equal factors all err to the same side, and over
-    hundreds of chunks that costs fp32 a digit.
+    A state is multiplied by a chunk's decay again and again. Rounded to nearest, equal factors all err to one side,
+    and over hundreds of chunks that costs fp32 a digit.
     """
     if dtype == torch.float64:
         return exact

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .chunking import Chunking, Scratch
 from .decay_factors import ChunkDecay, DecayFactors
+from .precision import full_precision
 from .shapes import state_heads
 
 
@@ -98,6 +99,7 @@ class _Problem:
         return out
 
 
+@full_precision
 def forward(
     q: Tensor,
     k: Tensor,
@@ -136,6 +138,7 @@ def forward(
     return cut.trim(out), carry.clone() if ends is None else ends[:-1]
 
 
+@full_precision
 def backward(
     do: Tensor,
     dfinal: Tensor | None,
