@@ -54,10 +54,13 @@ def split_sections(sections: list[str]) -> tuple[list[str], list[str]]:
 
 
 def batches(tokens: Tensor, length: int, batch: int, seed: int) -> list[Tensor]:
-    """The batches of one epoch, int64 [batch, length]: windows from a random offset, in random order."""
+    """The batches of one epoch, int64 [batch, length]: windows from a random offset, in random order.
+
+    Their number does not depend on the seed. There are none if the tokens do not fill one.
+    """
     generator = torch.Generator().manual_seed(seed)
     offset = int(torch.randint(length, (1,), generator=generator))
-    count = (len(tokens) - offset) // length
+    count = max(0, len(tokens) // length - 1)
     windows = tokens[offset : offset + count * length].view(count, length)
     order = torch.randperm(count, generator=generator)[: count // batch * batch]
-    return list(windows[order].split(batch))
+    return list(windows[order].split(batch)) if len(order) else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import library as _library  # noqa: F401  registers the operators
+from . import library
 from .checks import check_linear_attention, check_step
 from .dispatch import choose
 from .state import DecodeState
@@ -13,6 +13,19 @@ from .state import DecodeState
 
 def _unit_last_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """Whether nothing watches the call: no tracing, no dispatch mode, no transform, no tensor subclass.
+
+    The operators exist for those; where there are none, calling past them halves the host's time for a call.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
 
 
 def linear_attention(
@@ -43,7 +56,7 @@ def linear_attention(
         method: ``"auto"``, or the name of a method (see ``available_methods``).
 
     Returns:
-        o [B, T, H, V] in q's dtype, and the final state [B or N, H, K, V] float32 or None. Both carry gradients to q, k,
+        o [B, T, H, V] in q's dtype; final state [B or N, H, K, V] float32 or None. Both carry gradients to q, k,
         v, log_decay and initial_state. Sums and states are float32 for every dtype; float32 inputs use no TF32.
 
     Raises:
@@ -52,9 +65,15 @@ def linear_attention(
     """
     check_linear_attention(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     chosen = choose(method, q.device, q.dtype)
-    o, final_state = torch.ops.leet_linear_attention.forward(
+    differentiable = (q, k, v, log_decay, initial_state)
+    operator = torch.ops.leet_linear_attention.forward
+    if _plain(*differentiable, cu_seqlens) and not (
+        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
+    ):
+        operator = library.forward
+    o, final_state = operator(
         _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v),
-        log_decay, initial_state, cu_seqlens, scale, output_final_state, chosen,
+        log_decay, initial_state, cu_seqlens, float(scale), output_final_state, chosen,
     )  # fmt: skip
     return o, final_state if output_final_state else None
 
@@ -83,9 +102,10 @@ def linear_attention_step(
     """
     check_step(q, k, v, log_decay, scale, state)
     chosen = choose(method, q.device, q.dtype)
+    operator = library.step if _plain(q, k, v, log_decay) else torch.ops.leet_linear_attention.step
     with torch.no_grad():
-        return torch.ops.leet_linear_attention.step(
+        return operator(
             _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v), log_decay,
             state.base, state.keys, state.values, state.log_decays, state.cursor,
-            scale, state.buffer, state.keep, chosen,
+            float(scale), state.buffer, state.keep, chosen,
         )  # fmt: skip

@@ -19,7 +19,7 @@ class Method:
     refuses: Callable[[torch.device, torch.dtype], str | None]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (it exists for Linux; pip install triton)"
@@ -48,6 +48,8 @@ def _triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 def _torch_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {dtype} is not one of float64, float32, bfloat16, float16"
+    if device.type == "mps":
+        return "device type 'mps' has no float64, which sums of decays are taken in"
     return None
 
 
@@ -58,7 +60,7 @@ _METHODS = {
 
 
 def candidates(device: torch.device) -> list[Method]:
-    """Methods in the order ``"auto"`` tries them. The interpreter is for checking kernels, so on a CPU torch goes first."""
+    """Methods in the order ``"auto"`` tries them; on a CPU torch first, as the interpreter is for checking kernels."""
     order = ["torch", "triton"] if device.type == "cpu" else ["triton", "torch"]
     return [_METHODS[name] for name in order]
 
@@ -85,8 +87,10 @@ def choose(method: str, device: torch.device, dtype: torch.dtype) -> str:
     return method
 
 
-def available_methods(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
-    """Every method with None where it can run on ``device`` (default: CUDA if there is one, else CPU), or why it can not."""
+def available_methods(
+    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, str | None]:
+    """Every method: None where it runs on ``device`` (default: CUDA if there is one, else CPU), or why it can not."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)

@@ -56,7 +56,7 @@ def _state_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _forward(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -67,6 +67,7 @@ def _forward(
     output_final_state: bool,
     method: str,
 ) -> tuple[Tensor, Tensor]:
+    """(o, final state or an empty tensor); what the operator of this name runs, callable past the dispatcher."""
     o, final = _implementation(method, "forward")(
         q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state
     )
@@ -91,7 +92,7 @@ def _forward_fake(
     return o, q.new_empty(shape, dtype=_state_dtype(q))
 
 
-def _backward(
+def backward(
     do: Tensor,
     dfinal: Tensor | None,
     q: Tensor,
@@ -104,6 +105,7 @@ def _backward(
     need_log_decay: bool,
     method: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_decay and initial_state; empty tensors for those not wanted or not given."""
     dq, dk, dv, dlog_decay, dinitial = _implementation(method, "backward")(
         do, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, need_log_decay
     )
@@ -144,7 +146,7 @@ def _backward_fake(
     )
 
 
-def _step(
+def step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -159,6 +161,7 @@ def _step(
     keep: int,
     method: str,
 ) -> Tensor:
+    """o of a decoding step; mutates base, keys, values, log_decays and cursor."""
     return _implementation(method, "step")(
         q, k, v, log_decay, base, keys, values, log_decays, cursor, scale, buffer, keep
     )
@@ -209,9 +212,9 @@ def _differentiate(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Any, ...]:
 
 
 for _name, _function, _fake in (
-    ("forward", _forward, _forward_fake),
-    ("backward", _backward, _backward_fake),
-    ("step", _step, _step_fake),
+    ("forward", forward, _forward_fake),
+    ("backward", backward, _backward_fake),
+    ("step", step, _step_fake),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"leet_linear_attention::{_name}", _fake, lib=_library)

@@ -12,7 +12,7 @@ def state_heads(
     log_decay: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
 ) -> int:
-    """H, the number of state heads: the largest head count among q, k, v [B, T, H', D], log_decay and state [N, H, K, V]."""
+    """H, the number of state heads: the most heads among q, k, v [B, T, heads, D], log_decay and state [N, H, K, V]."""
     heads = max(q.shape[2], k.shape[2], v.shape[2])
     if log_decay is not None:
         heads = max(heads, log_decay.shape[-1])

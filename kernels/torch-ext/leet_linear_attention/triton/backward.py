@@ -34,8 +34,8 @@ def backward(
     do = do if do.stride(-1) == 1 else do.contiguous()
     do = do.to(q.dtype)
     state = initial_state.contiguous() if initial_state is not None else None
-    # Backward in time the state gathers q do^T and its results are scaled on their way out, so that no rounding of scaled
-    # inputs enters it; what comes from dfinal goes in divided. Without a scale nothing but dfinal is left of the gradient.
+    # Backward in time the state gathers q do^T, and results are scaled on their way out, so that no rounding of scaled
+    # inputs enters it; what comes from dfinal goes in divided. With a scale of 0 only dfinal is left of the gradient.
     if scale == 0.0:
         do, scale = torch.zeros_like(do), 1.0
     if dfinal is not None:

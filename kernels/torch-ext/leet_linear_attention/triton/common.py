@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ..dispatch import interpreting
 
-# The interpreter keeps bfloat16 as bare integers and multiplies those; there products take float32 copies of the operands.
+# The interpreter keeps bfloat16 as bare integers and multiplies those; there products take float32 copies.
 _WIDEN = tl.constexpr(interpreting())
 
 
@@ -22,7 +22,7 @@ def dot(x, y):
 
 @triton.jit
 def largest(x):
-    """Largest absolute entry of a matrix, 1 for a matrix of zeros: float16 operands are divided by it so none overflows."""
+    """Largest absolute entry, 1 for a matrix of zeros: float16 operands are divided by it, so that none overflows."""
     top = tl.max(tl.max(tl.abs(x), 1), 0)
     return tl.where(top > 0, top, 1.0)
 
@@ -58,3 +58,16 @@ def token_decay(g_ptr, stride_gt, t0, n_valid, C: tl.constexpr, PRECISE: tl.cons
     if PRECISE:
         g = g.to(tl.float64)
     return tl.cumsum(g, 0), tl.sum(g, 0)
+
+
+@triton.jit
+def decayed(S, g):
+    """S * exp(g), for a scalar g, with the factor in two float32 parts.
+
+    A factor rounded once and applied at every chunk errs to the same side each time: over thousands of chunks that is
+    a hundred times float32's rounding.
+    """
+    exact = tl.exp(g.to(tl.float64))
+    high = exact.to(tl.float32)
+    low = (exact - high.to(tl.float64)).to(tl.float32)
+    return S * high + S * low

@@ -100,7 +100,8 @@ def decay_gradient_kernel(
         over = tl.cumsum(pairs, 0, reverse=True)
         dg = tl.sum(tl.where(before, over, 0.0), 1)
         dg += tl.cumsum(rows, 0, reverse=True)
-        dg += tl.sum(tl.where(before, columns[None, :], 0.0), 1)  # not cumsum - columns: the token's own would bury the rest
+        # not cumsum - columns: the token's own would bury the rest
+        dg += tl.sum(tl.where(before, columns[None, :], 0.0), 1)
         dg += crossing
         tl.store(dg_ptr + ((i_b * T + bos + t0) + r) * H + i_h, dg, mask=mask_t)
 
@@ -118,7 +119,7 @@ def decay_gradient(
     scale: float,
     chunk: int,
 ) -> torch.Tensor:
-    """dlog_decay in log_decay's shape, float32. ``states`` and ``gradients`` [slots, H, K, V] meet each chunk from either side."""
+    """dlog_decay in log_decay's shape; ``states`` and ``gradients`` [slots, H, K, V] meet chunks from either side."""
     batch, tokens = q.shape[:2]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     per_token = log_decay.dim() == 3

@@ -20,7 +20,7 @@ def chunk_slots(tokens: int, sequences: int, batch: int, chunk: int, packed: boo
 
 
 def aligned_strides(*tensors: torch.Tensor) -> tuple[int, list[int]]:
-    """(A, strides of the first three dimensions divided by A): A elements are 16 bytes if every stride allows it, else 1."""
+    """(A, strides of the first three dimensions over A): A elements are 16 bytes if every stride allows it, else 1."""
     strides = [s for x in tensors for s in x.stride()[:3]]
     align = 16 // tensors[0].element_size()
     if any(s % align for s in strides):
@@ -61,7 +61,7 @@ def sweep(
         config: block shapes other than the table's.
 
     Returns:
-        [B, T, H, Y] in a's dtype; the last state [N, H, X, Y] (or [N, H, Y, X]) float32 or None; the twin's result or None.
+        [B, T, H, Y] in a's dtype; the last state [N, H, X, Y] (or [N, H, Y, X]) float32, or None; the twin's, or None.
     """
     batch, tokens, _, width_x = a.shape
     width_y = c.shape[-1]
@@ -109,7 +109,7 @@ def sweep(
     # Every segment's own end state, the scan over them, and then the outputs from where each segment starts. The twin's
     # states are the same ones, transposed.
     states = a.new_empty((sequences, heads, count, width_x * width_y), dtype=torch.float32)
-    g_sum = a.new_empty((sequences, heads, count), dtype=torch.float32)
+    g_sum = a.new_empty((sequences, heads, count), dtype=torch.float64)
     launch(None, states, g_sum, False, False)
     block = 1024
     scan_kernel[(sequences * heads, triton.cdiv(width_x * width_y, block))](

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .common import dot, narrow_dot, state_dot
+from .common import decayed, dot, narrow_dot, state_dot
 
 
 @triton.jit
@@ -35,7 +35,10 @@ def step_kernel(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     BT: tl.constexpr, DECAY: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H * blocks of V,), blocks fastest. The ring has R = 2 N slots: keys [B, R, Hk, K], values [B, R, Hv, V], decays [B, R, H]."""
+    """Grid (B * H * blocks of V,), blocks fastest.
+
+    The ring has R = 2 N slots: keys [B, R, Hk, K], values [B, R, Hv, V], decays [B, R, H].
+    """
     R: tl.constexpr = 2 * N
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % BLOCKS
@@ -130,7 +133,7 @@ def step_kernel(
             update = dot(tl.trans(kb), vf)
         else:
             update = tl.dot(tl.trans(kb.to(tl.float32)), vf, input_precision="tf32x3")
-        tl.store(o_state, S * tl.exp(G_old.to(tl.float32)) + update, mask=mask_s)
+        tl.store(o_state, decayed(S, G_old) + update, mask=mask_s)
 
     # Append. Slots behind the buffered ones: 2 N of them, so none that is read in this launch is written.
     at = (start + count + t) % R
@@ -164,7 +167,7 @@ def step(
     buffer: int,
     keep: int,
 ) -> torch.Tensor:
-    """Advance the decode state held by base, keys, values, log_decays and cursor by T tokens; returns o [B, T, H, V]."""
+    """Advance the decode state in base, keys, values, log_decays and cursor by T tokens; returns o [B, T, H, V]."""
     batch, tokens = q.shape[:2]
     heads, width_k, width_v = base.shape[1:]
     out = q.new_empty(batch, tokens, heads, width_v)

@@ -15,13 +15,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import dot, narrow_dot, state_dot, token_decay
+from .common import decayed, dot, narrow_dot, state_dot, token_decay
 
 
 @triton.jit(
     do_not_specialize=[
         "T", "segment", "n_segments", "H", "group_a", "group_b", "group_c", "group_g", "group_a2",
-        "sa2b", "sa2t", "sa2h", "sab", "sat", "sah", "sbb", "sbt", "sbh", "scb", "sct", "sch", "sgb", "sgt", "sgh", "ssx", "ssy",
+        "sa2b", "sa2t", "sa2h", "sab", "sat", "sah", "sbb", "sbt", "sbh", "scb", "sct", "sch",
+        "sgb", "sgt", "sgh", "ssx", "ssy",
     ]
 )  # fmt: skip
 def sweep_kernel(
@@ -35,9 +36,9 @@ def sweep_kernel(
 ):  # fmt: skip
     """Grid (sequences * H * segments * passes * blocks of Y,), blocks fastest.
 
-    ``X`` is the width of a and b, ``Y`` of c and out; S is [X, Y]. With PAIR every other run of blocks does the twin pass
-    (a2, c, b) -> out2, whose state is transposed in memory: the gradients of v and k read the same q and do, and side by
-    side they find them in the cache.
+    ``X`` is the width of a and b, ``Y`` of c and out; S is [X, Y]. With PAIR every other run of blocks does the twin
+    pass (a2, c, b) -> out2, whose state is transposed in memory: the gradients of v and k read the same q and do, and
+    side by side they find them in the cache.
     """
     BLOCKS: tl.constexpr = (Y + BY - 1) // BY
     PASSES: tl.constexpr = 2 if PAIR else 1
@@ -102,7 +103,7 @@ def sweep_kernel(
     S = tl.zeros((BX, BY), dtype=tl.float32)
     if HAS_S_IN:
         S += tl.load(s_in_ptr + i_state + o_state, mask=mask_state, other=0.0)
-    g_total = tl.zeros((), dtype=tl.float32)
+    g_total = tl.zeros((), dtype=tl.float64)
 
     lag = (r[None, :] - r[:, None]) if REVERSE else (r[:, None] - r[None, :])
     causal = lag >= 0
@@ -120,19 +121,21 @@ def sweep_kernel(
         n_valid = tl.minimum(end - begin - i_c * C, C)
         mask_t = r < n_valid
 
-        b = tl.load(b_ptr + t0 * sbt + (r[:, None] * sbt + x[None, :]), mask=mask_t[:, None] & mask_x[None, :], other=0.0)
-        c = tl.load(c_ptr + t0 * sct + (r[:, None] * sct + y[None, :]), mask=mask_t[:, None] & mask_y[None, :], other=0.0)
+        tile_x = mask_t[:, None] & mask_x[None, :]
+        tile_y = mask_t[:, None] & mask_y[None, :]
+        b = tl.load(b_ptr + t0 * sbt + (r[:, None] * sbt + x[None, :]), mask=tile_x, other=0.0)
+        c = tl.load(c_ptr + t0 * sct + (r[:, None] * sct + y[None, :]), mask=tile_y, other=0.0)
 
         if DECAY == 1:
             to_last = tl.exp(g_head * tl.maximum(n_valid - 1 - r, 0).to(tl.float32))
             to_row = to_last if REVERSE else from_start
             to_end = from_start if REVERSE else to_last
-            g_chunk = g_head * n_valid.to(tl.float32)
+            g_chunk = (g_head.to(tl.float64) if IS_FP32 else g_head) * n_valid
         if DECAY == 2:
             G, G_end = token_decay(g_ptr, sgt, t0, n_valid, C, IS_FP32)
             to_row = tl.exp(((G_end - G) if REVERSE else G).to(tl.float32))
             to_end = tl.exp((G if REVERSE else (G_end - G)).to(tl.float32))
-            g_chunk = G_end.to(tl.float32)
+            g_chunk = G_end
 
         if HAS_CHUNKS:
             # the state that meets this chunk, for the gradient of log_decay
@@ -141,9 +144,7 @@ def sweep_kernel(
             tl.store(chunks_ptr + slot + o_state, S.to(chunks_ptr.dtype.element_ty), mask=mask_state)
 
         if HAS_OUT:
-            a = tl.load(
-                a_ptr + t0 * sat + (r[:, None] * sat + x[None, :]), mask=mask_t[:, None] & mask_x[None, :], other=0.0
-            )
+            a = tl.load(a_ptr + t0 * sat + (r[:, None] * sat + x[None, :]), mask=tile_x, other=0.0)
             A = dot(a, tl.trans(b))
             if DECAY == 2:
                 log_d = (G[None, :] - G[:, None]) if REVERSE else (G[:, None] - G[None, :])
@@ -159,11 +160,11 @@ def sweep_kernel(
             tl.store(
                 out_ptr + t0 * H * Y + (r[:, None] * (H * Y) + y[None, :]),
                 (o * scale).to(out_ptr.dtype.element_ty),
-                mask=mask_t[:, None] & mask_y[None, :],
+                mask=tile_y,
             )
 
         if DECAY != 0:
-            S *= tl.exp(g_chunk)
+            S = decayed(S, g_chunk) if IS_FP32 else S * tl.exp(g_chunk)
             g_total += g_chunk
             c = (c * to_end[:, None]).to(LOW)
         S += dot(tl.trans(b), c)
@@ -179,7 +180,7 @@ def scan_kernel(
     states_ptr, g_sum_ptr, s_in_ptr, s_out_ptr, n_segments, XY,
     REVERSE: tl.constexpr, HAS_S_IN: tl.constexpr, HAS_S_OUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Turn the segments' own end states into the state each segment starts from, in place. Grid (sequences * H, blocks)."""
+    """Turn the segments' own end states into the states segments start from, in place. Grid (sequences * H, blocks)."""
     i_nh = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = e < XY
@@ -191,6 +192,6 @@ def scan_kernel(
         at = states_ptr + (i_nh * n_segments + i_s) * XY + e
         own = tl.load(at, mask=mask, other=0.0)
         tl.store(at, S, mask=mask)
-        S = S * tl.exp(tl.load(g_sum_ptr + i_nh * n_segments + i_s)) + own
+        S = decayed(S, tl.load(g_sum_ptr + i_nh * n_segments + i_s)) + own
     if HAS_S_OUT:
         tl.store(s_out_ptr + i_nh * XY + e, S, mask=mask)

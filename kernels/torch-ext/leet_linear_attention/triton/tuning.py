@@ -22,7 +22,7 @@ class SweepConfig(NamedTuple):
     stages: int
 
 
-# (state rows, 16-bit inputs?) -> configuration. float32 products are unrolled scalar code: small tiles keep compiling short.
+# (state rows, 16-bit inputs?) -> configuration. float32 products become scalar code: small tiles compile sooner.
 _SWEEP = {
     (16, True): SweepConfig(64, 64, 4, 3),
     (32, True): SweepConfig(64, 64, 4, 3),
@@ -44,25 +44,25 @@ def block_of(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def shared_memory(device_index: int) -> int:
     """Bytes of shared memory one block may use on a CUDA device."""
     properties = torch.cuda.get_device_properties(device_index)
     return int(getattr(properties, "shared_memory_per_block_optin", 99 * 1024))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def processors(device_index: int) -> int:
     """Streaming multiprocessors of a CUDA device."""
     return int(torch.cuda.get_device_properties(device_index).multi_processor_count)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def sweep_config(x: int, y: int, itemsize: int, device_index: int) -> SweepConfig:
     """Configuration of a sweep whose state is [x, y]. ``device_index`` -1 stands for Triton's interpreter."""
     rows = block_of(x)
     config = _SWEEP[(rows, itemsize == 2)]
-    # Narrower tiles than 64 columns of 16-bit data make Triton 3.6 read past its shared memory (seen by a memory checker).
+    # Narrower than 64 columns of 16-bit data, Triton 3.6 can read past its shared memory: a memory checker found it.
     config = config._replace(block_y=min(config.block_y, max(block_of(y), 64 if itemsize == 2 else 16)))
     if device_index < 0:
         return config
@@ -87,7 +87,7 @@ def _sweep_bytes(config: SweepConfig, rows: int, itemsize: int) -> int:
 
 
 def segments(tokens: int, chunk: int, programs: int, device_index: int) -> tuple[int, int]:
-    """(number of segments, tokens in one) for sequences of at most ``tokens`` when one segment gives ``programs`` programs.
+    """(number of segments, tokens in one) for sequences of ``tokens`` when one segment gives ``programs`` programs.
 
     Segments cost a second reading of keys and values, so they are cut only where the device would stand idle.
     """
@@ -111,7 +111,7 @@ class StepConfig(NamedTuple):
     warps: int
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def step_config(key_dim: int, value_dim: int) -> StepConfig:
     """Configuration of the decode step: a tile of about 8192 state entries a program."""
     block_v = max(16, min(block_of(value_dim), 64, 8192 // block_of(key_dim)))
