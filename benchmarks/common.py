@@ -40,7 +40,7 @@ def copy_bandwidth() -> float:
 
 
 def timed(function: Callable[[], Any], warmup: int = 10, rep: int = 60) -> dict[str, float]:
-    """Milliseconds of a GPU function by device events: median, and the 20 and 80 % quantiles. L2 is flushed in between."""
+    """Milliseconds of a GPU function by device events: median and the 20 and 80 % quantiles; L2 is flushed between."""
     from triton.testing import do_bench
 
     median, low, high = do_bench(function, warmup=warmup, rep=rep, quantiles=[0.5, 0.2, 0.8])

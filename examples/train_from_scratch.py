@@ -53,7 +53,7 @@ class Settings:
     epochs: int = 24
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
-    dropout: float = 0.15
+    dropout: float = 0.1
     patience: int = 5
     seed: int = 0
     stock: bool = False

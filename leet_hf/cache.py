@@ -15,6 +15,7 @@ from .shapes import CacheSpec, RecurrentShape
 
 BUFFER = 16  # tokens between two updates of the base state in plain decoding
 WINDOW = 64  # tokens that can be taken back after a recorded forward, at least
+SLACK = 16  # tokens from before the last crop to keep: drafts are taken back by a little more than they wrote
 WIDEST = 128  # tokens that a recording cache comes to hold by itself, however many go without a crop
 
 
@@ -61,7 +62,7 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
             # The first forward may hold a whole prompt: of that one, `window` tokens are enough.
             self._since_crop = 0 if self._since_crop is None else self._since_crop + tokens
             if self.grows:
-                self._keep_at_least(min(self._since_crop, WIDEST))
+                self._keep_at_least(min(self._since_crop + SLACK, WIDEST))
         return self.state
 
     def stepped(self, tokens: int) -> int:

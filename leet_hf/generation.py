@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import Cache
 
+from .cache import SLACK
 from .host import HostBinding
 from .shapes import CacheSpec
 from .upgrade import recurrent_layers, upgrade
@@ -16,27 +18,21 @@ from .upgrade import recurrent_layers, upgrade
 
 @dataclass
 class GenerationBinding:
-    """What patching puts on a model that generates. attributes: what it set on the instance, to take off again."""
+    """What patching puts on a model that generates."""
 
     spec: CacheSpec
-    attributes: tuple[str, ...] = field(default_factory=tuple)
 
 
 def install_generation(model: nn.Module, spec: CacheSpec) -> None:
     """Let generate() of this instance prepare standard caches."""
-    hooks = {
-        "_supports_default_dynamic_cache": _true,
-        "_prepare_cache_for_generation": functools.partial(_prepare_cache, model),
-        "_get_candidate_generator": functools.partial(_candidate_generator, model),
-    }
-    model.__dict__["_leet"] = GenerationBinding(spec, tuple(hooks))
-    model.__dict__.update(hooks)
+    model.__dict__["_leet"] = GenerationBinding(spec)
+    for name, function in _REPLACED.items():
+        model.__dict__[name] = functools.partial(function, model)
 
 
 def restore_generation(model: nn.Module) -> None:
     """Undo `install_generation`."""
-    binding: GenerationBinding = model.__dict__.pop("_leet")
-    for name in binding.attributes:
+    for name in ("_leet", *_REPLACED):
         model.__dict__.pop(name, None)
 
 
@@ -55,7 +51,7 @@ def upgrade_cache(cache: Any, model: nn.Module) -> Any:
     return cache
 
 
-def _true() -> bool:
+def _supports_default_cache(model: Any) -> bool:
     return True
 
 
@@ -66,8 +62,10 @@ def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, A
     if cache is None:
         return
     upgrade(cache, model._leet.spec, model.config.num_hidden_layers)
-    # A draft writes token by token and takes back all of a draft at once.
-    _set_recording(cache, 0, grows=bool(getattr(generation_config, "is_assistant", False)))
+    # An assistant writes token by token and takes back its whole draft at once.
+    assists = bool(getattr(generation_config, "is_assistant", False))
+    drafted = getattr(model.generation_config, "num_assistant_tokens", None) if assists else None
+    _set_recording(cache, int(drafted or 0), grows=assists)
 
 
 def _candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -76,10 +74,18 @@ def _candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
     cache = kwargs.get("model_kwargs", {}).get("past_key_values")
     if isinstance(cache, Cache):
         counts = (getattr(generator, name, 0) for name in ("num_assistant_tokens", "num_output_tokens"))
-        _set_recording(cache, max(int(count or 0) for count in counts) + 1, grows=True)
+        _set_recording(cache, max(int(count or 0) for count in counts), grows=True)
     return generator
 
 
-def _set_recording(cache: Any, window: int, *, grows: bool) -> None:
+def _set_recording(cache: Any, candidates: int, *, grows: bool) -> None:
     for layer in recurrent_layers(cache):
-        layer.record(window, grows)
+        layer.record(candidates + SLACK, grows)
+
+
+# Methods of the host that patching replaces on the instance.
+_REPLACED: dict[str, Callable[..., Any]] = {
+    "_supports_default_dynamic_cache": _supports_default_cache,
+    "_prepare_cache_for_generation": _prepare_cache,
+    "_get_candidate_generator": _candidate_generator,
+}

@@ -15,7 +15,7 @@ from .generation import GenerationBinding, install_generation, restore_generatio
 from .host import HostBinding
 from .layer import LayerBinding, layer_forward
 from .report import LayerReport, PatchReport
-from .slots import foreign_forward, install_forward, meta_tensor, restore_forward
+from .slots import foreign_forward, has_entry, install_forward, meta_tensor, restore_forward
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -204,8 +204,9 @@ def _apply(host: _Host, model: nn.Module, undo: list[Callable[[], None]]) -> Non
 
 
 def _install(module: nn.Module, function: Callable[..., object], binding: LayerBinding | HostBinding) -> None:
-    binding.had_entry = install_forward(module, function)
+    binding.had_entry = has_entry(module)
     module.__dict__["_leet"] = binding
+    install_forward(module, function)
 
 
 def _restore(module: nn.Module) -> None:

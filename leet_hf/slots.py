@@ -14,25 +14,29 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def install_forward(module: nn.Module, function: Callable[..., Any]) -> bool:
-    """Make `function(module, ...)` the module's forward. Returns whether its slot had an entry, for `restore_forward`.
+def has_entry(module: nn.Module) -> bool:
+    """Whether the slot of the module's forward is filled, which `restore_forward` has to know."""
+    return _slot(module) in module.__dict__
+
+
+def install_forward(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Make `function(module, ...)` the module's forward.
 
     A functools.partial: unlike a bound method, it survives pickling, and torch.compile traces it.
     """
-    slot = _slot(module)
-    had_entry = slot in module.__dict__
-    module.__dict__[slot] = functools.partial(function, module)
-    return had_entry
+    module.__dict__[_slot(module)] = functools.partial(function, module)
 
 
 def restore_forward(module: nn.Module, function: Callable[..., Any], had_entry: bool) -> None:
     """Undo `install_forward`, wherever hooks have moved our forward meanwhile."""
     slot = _slot(module)
-    outer = module.__dict__.get("forward")
+    if not _is_ours(module.__dict__.get(slot), function):
+        return
     if slot == "_old_forward" or had_entry:
         module.__dict__[slot] = MethodType(type(module).forward, module)
-    elif _is_ours(module.__dict__.get(slot), function):
+    else:
         del module.__dict__[slot]
+    outer = module.__dict__.get("forward")
     if _is_ours(getattr(outer, "__wrapped__", None), function):
         outer.__wrapped__ = module.__dict__[slot]  # type: ignore[union-attr]  # the hook's wrapper names what it wraps
 

@@ -13,6 +13,8 @@ if not CUDA:
     # Triton reads this when a kernel is decorated, which is when the module that holds it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers that each start a thread per core wait for each other most of the time; so would what they start.
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 

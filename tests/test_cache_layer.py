@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
+import tiny
 from leet_hf import patch_model, upgrade_cache
 from leet_hf.attend import attend
 from leet_hf.cache import BUFFER, WIDEST, WINDOW, RecurrentLayer
@@ -159,7 +160,9 @@ def test_taking_back_more_than_is_held() -> None:
     history = History(layer)
     history.forward(40)
     history.forward(3)
-    with pytest.raises(RuntimeError, match=r"cache layer 0 .* take back 4 tokens but holds the last 3: call .*recording"):
+    with pytest.raises(
+        RuntimeError, match=r"cache layer 0 .* take back 4 tokens but holds the last 3: call .*recording"
+    ):
         layer.crop(-4)
     history.check()
     layer.crop(-3)
@@ -303,7 +306,7 @@ def test_packed_sequences_do_not_leak(by: str, cached: str, length: int) -> None
         layer.activate_past_recording()
     packing = {"cu_seqlens": bounds} if by == "cu_seqlens" else {"seq_idx": sequence_index(bounds, sum(lengths))}
     o, state = attend(q, k, v, decay, layer=layer, return_state=True, **packing)
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in itertools.pairwise(bounds):
         want, want_state = linear_attention(*(x[:, a:b] for x in (q, k, v)), decay, output_final_state=True)
         torch.testing.assert_close(o[:, a:b], want, rtol=1e-5, atol=1e-5)
         last = want_state if a < b else last  # noqa: F821
@@ -395,8 +398,14 @@ REFUSED = {
     "of other heads": (lambda: used("linear-first", num_attention_heads=2), "layer 0 .RecurrentLayer. holds .*heads=2"),
     "of other softmax heads": (lambda: used("linear-first", num_key_value_heads=4), "layer 0 .* holds"),
     "of fewer layers": (lambda: DynamicCache([(torch.zeros(1, 2, 0, 16),) * 2] * 3), "has 3 layers .* has 4"),
-    "empty, of another layout": (lambda: DynamicCache(config=tiny.config("all-linear")), "layer 3 is a LinearAttention"),
-    "of a softmax model": (lambda: DynamicCache([(torch.zeros(1, 2, 3, 16),) * 2] * 4), "layer 0 .* another model wrote"),
+    "empty, of another layout": (
+        lambda: DynamicCache(config=tiny.config("all-linear")),
+        "layer 3 is a LinearAttention",
+    ),
+    "of a softmax model": (
+        lambda: DynamicCache([(torch.zeros(1, 2, 3, 16),) * 2] * 4),
+        "layer 0 .* another model wrote",
+    ),
 }
 
 

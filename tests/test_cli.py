@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,15 @@ def test_models_names_every_adapter() -> None:
     assert adapters.adapters()
     for adapter in adapters.adapters():
         assert adapter.name in result.output
+
+
+def test_the_main_page_lists_every_mode_and_family() -> None:
+    page = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| .+ \| .+ \|$", page, re.M)
+    titles = [mode.title for mode in modes(long=256)]
+    assert [row for row in rows if row in titles] == titles
+    for adapter in adapters.adapters():
+        assert f"`{adapter.name}`" in rows and adapter.decay_formula in page
 
 
 def test_help_lists_the_commands() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from leet_hf import decay
 
 
@@ -40,7 +41,7 @@ def test_minimax_text_01() -> None:
 def test_retnet() -> None:
     log_decays = decay.retnet(40)
     assert log_decays[:2] == pytest.approx([math.log(31 / 32), math.log(63 / 64)])
-    assert all(a < b < 0 for a, b in zip(log_decays, log_decays[1:], strict=False)), "every head has its own decay"
+    assert all(a < b < 0 for a, b in itertools.pairwise(log_decays)), "every head has its own decay"
     assert (1 - torch.tensor(2.0) ** (-5 - torch.arange(40)) == 1)[20:].all(), "which float32 would have lost"
 
 

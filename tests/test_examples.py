@@ -85,7 +85,7 @@ def test_a_stopped_run_goes_on_where_it_was(smoke: Path, tmp_path: Path, monkeyp
 def test_stops_when_the_held_out_loss_no_longer_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 2.0, 2.5, 2.4, 9.0, 9.0, 2.0, 2.0])
     monkeypatch.setattr(script, "held_out_loss", lambda *_: next(losses))
-    settings = script.Settings(**script.SMOKE | {"epochs": 9, "patience": 1, "characters": 70_000, "batch": 16})
+    settings = script.Settings(**script.SMOKE | {"epochs": 9, "patience": 1, "length": 64, "batch": 64})
     summary = script.run(settings, tmp_path, torch.device("cpu"))
     assert [entry["held_out"] for entry in summary["history"]] == [3.0, 2.0, 2.5]
 

@@ -75,10 +75,10 @@ def test_compiled_step_mutates_the_state() -> None:
 
 
 def test_refusals_are_readable() -> None:
-    q, k, v, g, _ = arguments(3, "none", grad=False)
+    q, k, v, _, _ = arguments(3, "none", grad=False)
     with pytest.raises(ValueError, match="method was 'fast', must be 'auto' or one of"):
         linear_attention(q, k, v, method="fast")
-    with pytest.raises(ValueError, match="method 'triton' can not serve this call: dtype torch.float64"):
+    with pytest.raises(ValueError, match=r"method 'triton' can not serve this call: dtype torch\.float64"):
         linear_attention(q.double(), k.double(), v.double(), method="triton")
     reasons = available_methods("cpu")
     assert list(reasons) == ["torch", "triton"] and reasons["torch"] is None

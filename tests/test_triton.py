@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from leet_linear_attention import DecodeState, linear_attention, linear_attention_step, reference
 from operator_cases import TOLERANCE, Case, errors, make_inputs, run_oracle
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from .base import Answer, Expected, Mode, ModeError, Row
 from .helpers import decode, equal_lengths, generate, joined
@@ -27,7 +28,7 @@ def continuing_modes(new: int) -> list[Mode]:
         Mode("offloaded-cache", "offloaded cache", partial(_offloaded, new=new), once, missing=_no_accelerator),
         Mode("dynamic-cache-given", "a DynamicCache passed in", partial(_dynamic_given, new=new), twice),
         Mode("static-cache-given", "a StaticCache passed in", partial(_static_given, new=new), twice),
-        Mode("reset", "cache.reset(), then used again", partial(_reset, new=new), twice),
+        Mode("reset", "cache.reset(), then used again", partial(_reset, new=new), twice, missing=_no_reset),
         _changing(
             "batch-select", "cache.batch_select_indices()", new, lambda batch: [batch - 1, 0],
             lambda cache, index: cache.batch_select_indices(index),
@@ -118,6 +119,13 @@ def _reset(model: Any, prompts: Prompts, new: int) -> Answer:
     first, output = generate(model, prompts[:1], new)
     output.past_key_values.reset()
     return Answer(first + decode(model, prompts[1:2], new, cache=output.past_key_values))
+
+
+def _no_reset() -> str | None:
+    layer = DynamicLayer()
+    layer.update(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
+    layer.reset()
+    return "this transformers does not reset softmax layers; 5.18 does" if layer.get_seq_length() else None
 
 
 def _changing(name: str, title: str, new: int, order: Order, change: Callable[[Any, torch.Tensor], None]) -> Mode:

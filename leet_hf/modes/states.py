@@ -51,4 +51,4 @@ def _state(cache: Any, layer: int) -> torch.Tensor:
     """The state [1, H, K, V] of a layer, from the stock model's own cache or from a standard one."""
     if hasattr(cache, "linear_cache"):
         return cache.linear_cache[layer]
-    return cache.get_recurrent_state(layer)
+    return cache.layers[layer].recurrent_states[0]

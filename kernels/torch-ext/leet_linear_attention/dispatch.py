@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -19,11 +18,12 @@ class Method:
     refuses: Callable[[torch.device, torch.dtype], str | None]
 
 
-@functools.cache
-def _triton_missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (it exists for Linux; pip install triton)"
-    return None
+# Looked up once, here, because torch.compile does not trace the looking up.
+_TRITON_MISSING = (
+    "the package triton is not installed (it exists for Linux; pip install triton)"
+    if importlib.util.find_spec("triton") is None
+    else None
+)
 
 
 def interpreting() -> bool:
@@ -32,8 +32,8 @@ def interpreting() -> bool:
 
 
 def _triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    if (missing := _triton_missing()) is not None:
-        return missing
+    if _TRITON_MISSING is not None:
+        return _TRITON_MISSING
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {dtype} is not one of float32, bfloat16, float16"
     if device.type == "cuda":

@@ -52,7 +52,9 @@ def backward(
         config, config_t = config._replace(chunk=chunk), config_t._replace(chunk=chunk)
         slots = chunk_slots(q.shape[1], sequence_count(q, cu_seqlens), q.shape[0], chunk, cu_seqlens is not None)
         shape = (slots, heads, q.shape[-1], v.shape[-1])
-        forward_states, backward_states = q.new_empty(shape), q.new_empty(shape)
+        # states outgrow float16's range
+        dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
+        forward_states, backward_states = q.new_empty(shape, dtype=dtype), q.new_empty(shape, dtype=dtype)
 
     dq, _, _ = sweep(
         do, v, k, log_decay, heads, state, cu_seqlens,

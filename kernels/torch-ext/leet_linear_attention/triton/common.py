@@ -22,7 +22,7 @@ def dot(x, y):
 
 @triton.jit
 def largest(x):
-    """Largest absolute entry, 1 for a matrix of zeros: float16 operands are divided by it, so that none overflows."""
+    """Largest absolute entry, 1 for zeros: float16 operands are divided by it, so that none overflows or vanishes."""
     top = tl.max(tl.max(tl.abs(x), 1), 0)
     return tl.where(top > 0, top, 1.0)
 
@@ -38,13 +38,13 @@ def narrow_dot(x, y, IS_FP16: tl.constexpr):
 
 
 @triton.jit
-def state_dot(x, S, IS_FP16: tl.constexpr):
-    """x @ S with the float32 state brought to x's type."""
+def dot_narrow(x, y, IS_FP16: tl.constexpr):
+    """x @ y with y float32 (a state, or decayed values) brought to x's type."""
     if IS_FP16:
-        top = largest(S)
-        return dot(x, (S / top).to(x.dtype)) * top
+        top = largest(y)
+        return dot(x, (y / top).to(x.dtype)) * top
     else:
-        return dot(x, S.to(x.dtype))
+        return dot(x, y.to(x.dtype))
 
 
 @triton.jit

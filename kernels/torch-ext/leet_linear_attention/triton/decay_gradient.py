@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..shapes import sum_groups
 from . import tuning
-from .common import dot, token_decay
+from .common import dot, dot_narrow, token_decay
 
 
 @triton.jit(
@@ -28,7 +28,7 @@ def decay_gradient_kernel(
     T, H, group_q, group_k, group_v, group_g, scale,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sdb, sdt, sdh, sgb, sgt, sgh,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PER_TOKEN: tl.constexpr, PACKED: tl.constexpr, IS_FP32: tl.constexpr,
+    PER_TOKEN: tl.constexpr, PACKED: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences * H, chunks). s, r: [slots, H, K, V], states before a chunk and gradients / scale behind it."""
     i_c = tl.program_id(1)
@@ -82,12 +82,12 @@ def decay_gradient_kernel(
             do = tl.load(do_at + r[:, None] * sdt + value[None, :], mask=tile_v, other=0.0)
             o_state = states + key[:, None] * V + value[None, :]
             mask_s = mask_k[:, None] & mask_v[None, :]
-            S = tl.load(s_ptr + o_state, mask=mask_s, other=0.0)
-            R = tl.load(r_ptr + o_state, mask=mask_s, other=0.0)
+            S = tl.load(s_ptr + o_state, mask=mask_s, other=0.0).to(tl.float32)
+            R = tl.load(r_ptr + o_state, mask=mask_s, other=0.0).to(tl.float32)
             pairs += dot(do, tl.trans(v))
-            rows += tl.sum(dot(q, S) * do.to(tl.float32), 1)
-            columns += tl.sum(dot(k, R) * v.to(tl.float32), 1)
-            through += tl.sum(S.to(tl.float32) * R.to(tl.float32), 1)
+            rows += tl.sum(dot_narrow(q, S, IS_FP16) * do.to(tl.float32), 1)
+            columns += tl.sum(dot_narrow(k, R, IS_FP16) * v.to(tl.float32), 1)
+            through += tl.sum(S * R, 1)
         rows *= tl.exp(G.to(tl.float32)) * scale
         columns *= tl.exp((G_end - G).to(tl.float32)) * scale
         crossing = tl.sum(through, 0) * tl.exp(G_end.to(tl.float32)) * scale
@@ -136,6 +136,7 @@ def decay_gradient(
         *(log_decay.stride() if per_token else (0, 0, 0)),
         K=q.shape[-1], V=v.shape[-1], C=chunk, BK=block_k, BV=block_v,
         PER_TOKEN=per_token, PACKED=cu_seqlens is not None, IS_FP32=q.dtype == torch.float32,
+        IS_FP16=q.dtype == torch.float16,
         num_warps=4 if block_k <= 128 else 8, num_stages=1,
     )  # fmt: skip
     dg = sum_groups(dg.unsqueeze(-1), log_decay.shape[-1]).squeeze(-1)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .common import decayed, dot, narrow_dot, state_dot
+from .common import decayed, dot, dot_narrow, narrow_dot
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def step_kernel(
         A = tl.where(causal, A, 0.0)
         A_b = dot(q, tl.trans(kb)) * tl.exp((G[:, None] + (Gb_all - Gb)[None, :]).to(tl.float32))
         A_b = tl.where(held[None, :], A_b, 0.0)
-        o = state_dot(q, S, IS_FP16) * tl.exp((G + Gb_all).to(tl.float32))[:, None]
+        o = dot_narrow(q, S, IS_FP16) * tl.exp((G + Gb_all).to(tl.float32))[:, None]
         o += narrow_dot(A, v, IS_FP16)
         o += narrow_dot(A_b, vb, IS_FP16)
         tl.store(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import decayed, dot, narrow_dot, state_dot, token_decay
+from .common import decayed, dot, dot_narrow, narrow_dot, token_decay
 
 
 @triton.jit(
@@ -60,7 +60,6 @@ def sweep_kernel(
         ssx, ssy = tl.where(first, ssx, ssy), tl.where(first, ssy, ssx)
     i_n = i_nh // H
     i_h = i_nh % H
-    LOW: tl.constexpr = c_ptr.dtype.element_ty
 
     if PACKED:
         bos = tl.load(cu_ptr + i_n).to(tl.int64)
@@ -153,7 +152,7 @@ def sweep_kernel(
                 A *= D
             else:
                 A = tl.where(causal, A, 0.0)
-            o = state_dot(a, S, IS_FP16)
+            o = dot_narrow(a, S, IS_FP16)
             if DECAY != 0:
                 o *= to_row[:, None]
             o += narrow_dot(A, c, IS_FP16)
@@ -166,8 +165,9 @@ def sweep_kernel(
         if DECAY != 0:
             S = decayed(S, g_chunk) if IS_FP32 else S * tl.exp(g_chunk)
             g_total += g_chunk
-            c = (c * to_end[:, None]).to(LOW)
-        S += dot(tl.trans(b), c)
+            S += dot_narrow(tl.trans(b), c * to_end[:, None], IS_FP16)
+        else:
+            S += dot(tl.trans(b), c)
 
     if HAS_S_OUT and first:
         tl.store(s_out_ptr + i_state + o_state, S, mask=mask_state)

@@ -1,0 +1,159 @@
+"""The compiled kernels on a GPU: what only a device can show. Accuracy is the business of test_operator.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from leet_linear_attention import DecodeState, linear_attention, linear_attention_step
+
+pytestmark = pytest.mark.gpu
+
+
+def inputs(tokens: int, batch: int = 2, heads: int = 4, width: int = 64, per_token: bool = False) -> list[Tensor]:
+    q, k, v = (torch.randn(batch, tokens, heads, width, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    shape = (batch, tokens, heads) if per_token else (heads,)
+    return [q, k, v, -torch.rand(shape, device="cuda") * 0.2]
+
+
+def gradients(x: list[Tensor]) -> tuple[Tensor, ...]:
+    leaves = [t.detach().clone().requires_grad_() for t in x]
+    o, state = linear_attention(*leaves, output_final_state=True)
+    return (o, state, *torch.autograd.grad((o.float().square().sum() + state.sum()), leaves))
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory from torch.empty comes filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 2000])
+def test_nothing_unwritten_is_read_and_runs_repeat(poisoned: None, tokens: int, per_token: bool) -> None:
+    x = inputs(tokens, per_token=per_token)
+    first, second = gradients(x), gradients(x)
+    for a, b in zip(first, second, strict=True):
+        assert a.isfinite().all()
+        assert torch.equal(a, b)
+
+
+def test_no_synchronisation() -> None:
+    x = inputs(300, per_token=True)
+    bounds = torch.tensor([0, 100, 300], device="cuda", dtype=torch.int32)
+    state = DecodeState.allocate(2, 4, 64, 64, dtype=torch.bfloat16, device="cuda")
+    one = inputs(1)
+    gradients(x)
+    linear_attention_step(*one, state)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(x)
+        linear_attention(*(t[:1] for t in x), cu_seqlens=bounds, output_final_state=True)
+        linear_attention_step(*one, state)
+        state.rewind(1)
+        state.fold()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_graph_replay_with_changed_inputs() -> None:
+    x = inputs(500)
+    for _ in range(2):
+        linear_attention(*x, output_final_state=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, state = linear_attention(*x, output_final_state=True)
+    for t in x[:3]:
+        t.normal_()
+    graph.replay()
+    wanted, wanted_state = linear_attention(*x, output_final_state=True)
+    assert torch.equal(o, wanted) and state is not None and torch.equal(state, wanted_state)
+
+
+def test_graph_of_the_step_folds_by_itself() -> None:
+    sequence = inputs(100)
+    current = [t[:, :1].clone() for t in sequence[:3]] + [sequence[3]]
+    state = DecodeState.allocate(2, 4, 64, 64, dtype=torch.bfloat16, device="cuda")
+    linear_attention_step(*current, state)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = linear_attention_step(*current, state)
+    state.reset()
+    outputs = []
+    for i in range(100):
+        for t, whole in zip(current[:3], sequence[:3], strict=True):
+            t.copy_(whole[:, i : i + 1])
+        graph.replay()
+        outputs.append(o.clone())
+    wanted, final = linear_attention(*sequence, output_final_state=True)
+    assert final is not None
+    error = (torch.cat(outputs, 1).float() - wanted.float()).norm() / wanted.float().norm()
+    assert error < 6e-3
+    assert (state.fold() - final).norm() / final.norm() < 5e-3
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_compiled_forward_and_backward(per_token: bool) -> None:
+    torch._dynamo.reset()
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        o, state = linear_attention(q * 1.5, k, v, g, output_final_state=True)
+        assert state is not None
+        return o.float().square().mean() + state.mean()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for tokens in (100, 257):
+        leaves = [t.requires_grad_() for t in inputs(tokens, per_token=per_token)]
+        got = torch.autograd.grad(compiled(*leaves), leaves)
+        wanted = torch.autograd.grad(loss(*leaves), leaves)
+        for a, b in zip(got, wanted, strict=True):
+            assert (a - b).norm() <= 1e-2 * b.norm()
+
+
+def test_other_shapes_do_not_compile_again() -> None:
+    """A compiled variant depends on widths, dtype, kind of log_decay and what is asked for; on no length or count."""
+    from leet_linear_attention.triton.step import step_kernel
+    from leet_linear_attention.triton.sweep import sweep_kernel
+
+    def compiled() -> int:
+        kernels = (sweep_kernel, step_kernel)
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    def use(tokens: int, batch: int, heads: int) -> None:
+        x = inputs(tokens, batch, heads, 32)
+        leaves = [t.requires_grad_() for t in x[:3]]
+        torch.autograd.grad(linear_attention(*leaves, x[3])[0].float().sum(), leaves)
+        state = DecodeState.allocate(batch, heads, 32, 32, dtype=torch.bfloat16, device="cuda")
+        linear_attention_step(*(t[:, :1].detach() for t in x[:3]), x[3], state)
+
+    use(64, 1, 4)
+    use(20_000, 1, 1)  # long and few heads: in segments
+    before = compiled()
+    for shape in ((1, 1, 1), (17, 3, 2), (64, 2, 3), (1000, 1, 16), (4096, 5, 7), (30_011, 1, 1), (16_384, 1, 2)):
+        use(*shape)
+    assert compiled() == before
+
+
+def test_offsets_beyond_2_to_the_31() -> None:
+    tokens, heads, width = 1_100_000, 16, 128  # 2.25e9 elements a tensor
+    if torch.cuda.get_device_properties(0).total_memory < 40e9:
+        pytest.skip("needs 40 GB of GPU memory")
+    q, k, v = (torch.empty(1, tokens, heads, width, device="cuda", dtype=torch.bfloat16).normal_() for _ in range(3))
+    g = -torch.rand(heads, device="cuda") * 0.1 - 0.01
+    o, final = linear_attention(q, k, v, g, output_final_state=True)
+    tail = slice(tokens - 4000, tokens)  # what came before has decayed away: exp(-0.01 * 4000)
+    wanted, wanted_final = linear_attention(q[:, tail], k[:, tail], v[:, tail], g, output_final_state=True)
+    assert final is not None and wanted_final is not None
+    last = slice(-1000, None)
+    assert (o[:, last].float() - wanted[:, last].float()).norm() <= 5e-3 * wanted[:, last].float().norm()
+    assert (final - wanted_final).norm() <= 5e-3 * wanted_final.norm()
