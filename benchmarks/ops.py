@@ -144,7 +144,8 @@ def measure(shape: Shape, bandwidth: float, peers: list[str], rep: int) -> dict[
         with torch.no_grad():
             row[f"{name} spread"] = timed(function, rep=rep)
         row[f"{name} both spread"] = timed(both(function), rep=rep)
-        row[f"{name} ms"], row[f"{name} both ms"] = row[f"{name} spread"]["median"], row[f"{name} both spread"]["median"]
+        row[f"{name} ms"] = row[f"{name} spread"]["median"]
+        row[f"{name} both ms"] = row[f"{name} both spread"]["median"]
     row["of floor %"] = 100 * floor["forward"] / row["ours ms"]
     row["both of floor %"] = 100 * floor["both"] / row["ours both ms"]
     if "fla ms" in row:
@@ -215,7 +216,7 @@ def main() -> None:
     rows = []
     for shape in shapes:
         rows.append(measure(shape, bandwidth, peers, rep=40))
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items() if "spread" not in k}, flush=True)
+        print(", ".join(f"{k} {v:.3g}" for k, v in rows[-1].items() if isinstance(v, float)), flush=True)
         torch.cuda.empty_cache()
     print(table(rows, [c for c in COLUMNS if any(c in r for r in rows)]))
     path = write("ops", {"copy_bytes_per_second": bandwidth, "rows": rows}, options.output)

@@ -75,9 +75,11 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     shapes = SHAPES[:1] if options.quick else SHAPES
     rows = [measure(shape, bandwidth, not (options.quick or options.no_peers)) for shape in shapes]
-    columns = ["shape", "T1 us", "fla us", "x fla", "read state us", "of state read %", "T4 us", "T4 / T1", "first T1 s"]
+    columns = ["shape", "T1 us", "fla us", "x fla", "read state us", "of state read %"]
+    columns += ["T4 us", "T4 / T1", "first T1 s"]
     print(table(rows, [c for c in columns if any(c in r for r in rows)]))
-    print(f"wrote {write('step', {'copy_bytes_per_second': bandwidth, 'buffer': BUFFER, 'rows': rows}, options.output)}")
+    path = write("step", {"copy_bytes_per_second": bandwidth, "buffer": BUFFER, "rows": rows}, options.output)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

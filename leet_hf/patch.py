@@ -192,6 +192,9 @@ def _apply(host: _Host, model: nn.Module, undo: list[Callable[[], None]]) -> Non
         if not _is_patched(module):
             undo.append(lambda module=module: _restore(module))  # type: ignore[misc]
             _install(module, layer_forward, binding)
+            weight = next(module.parameters())
+            if weight.device.type != "meta":
+                binding.log_decay(weight)  # made now, so that a graph traced before the first forward finds it
     if not _is_patched(base):
         undo.append(lambda: _restore(base))
         _install(base, adapter.base_forward, host.binding)

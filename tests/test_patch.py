@@ -178,7 +178,7 @@ def test_decays_stay_float32(dtype: torch.dtype, when: str) -> None:
         assert log_decay.dtype == torch.float32 and torch.equal(log_decay, want)
     assert all(layer.decay.startswith("formula") for layer in patch_report(model).layers)
     output = model(IDS, use_cache=True)
-    assert output.past_key_values.get_recurrent_state(0).dtype == torch.float32
+    assert output.past_key_values.layers[0].recurrent_states[0].dtype == torch.float32
 
 
 def test_slopes_that_are_not_the_formula_are_kept() -> None:
@@ -406,7 +406,7 @@ def test_the_state_is_recorded_as_attention_while_decoding() -> None:
     output = model(IDS[:, :1], past_key_values=cache, output_attentions=True, output_hidden_states=True)
     assert len(output.hidden_states) == 5
     for i, state in enumerate(output.attentions):
-        assert torch.equal(state, cache.get_recurrent_state(i))
+        assert torch.equal(state, cache.layers[i].recurrent_states[0])
     model.set_attn_implementation("eager")
     model.config.output_attentions = True
     assert len(model(IDS).attentions) == 4
