@@ -33,11 +33,18 @@ def upgrade(cache: Any, spec: CacheSpec, layers_used: int | None = None) -> None
     _check_kind(cache)
     static = isinstance(cache, StaticCache) or any(isinstance(layer, StaticLayer) for layer in cache.layers)
     layers = _completed(cache, spec, len(spec) if layers_used is None else layers_used)
+    if layers_used is not None and not any(_in_use(layer) for layer in layers[layers_used:]):
+        # early exit: transformers crops every layer there is, some versions also those that never saw a token
+        layers = layers[:layers_used]
     if not _fits(layers, spec):
         new = [_layer_for(spec, i, layers, static) for i in range(len(layers))]
         _check_lengths(new)
         layers = new
     cache.layers = layers
+    if cache.offloading and sum(not isinstance(layer, RecurrentLayer) for layer in layers) == 1:
+        # Offloading fetches the next softmax layer during the use of this one. A lone layer is its own next: it would be
+        # read while it is still being copied, so it stays on the device.
+        cache.offloading = False
 
 
 def seen_tokens(cache: Any, spec: CacheSpec) -> bool:

@@ -28,7 +28,10 @@ def continuing_modes(new: int) -> list[Mode]:
         Mode("offloaded-cache", "offloaded cache", partial(_offloaded, new=new), once, missing=_no_accelerator),
         Mode("dynamic-cache-given", "a DynamicCache passed in", partial(_dynamic_given, new=new), twice),
         Mode("static-cache-given", "a StaticCache passed in", partial(_static_given, new=new), twice),
-        Mode("reset", "cache.reset(), then used again", partial(_reset, new=new), twice, missing=_no_reset),
+        Mode(
+            "reset", "cache.reset(), then used again", partial(_reset, new=new), partial(_reset_truth, new=new),
+            missing=_no_reset,
+        ),
         _changing(
             "batch-select", "cache.batch_select_indices()", new, lambda batch: [batch - 1, 0],
             lambda cache, index: cache.batch_select_indices(index),
@@ -116,9 +119,16 @@ def static_cache(model: Any, prompts: Prompts, new: int) -> StaticCache:
 
 
 def _reset(model: Any, prompts: Prompts, new: int) -> Answer:
-    first, output = generate(model, prompts[:1], new)
-    output.past_key_values.reset()
-    return Answer(first + decode(model, prompts[1:2], new, cache=output.past_key_values))
+    """One cache for all prompts; a short one too, which fits into the decode buffer."""
+    rows, output = generate(model, prompts[:1], new)
+    for prompt in [*prompts[1:], prompts[0][:4]]:
+        output.past_key_values.reset()
+        rows += decode(model, [prompt], new, cache=output.past_key_values)
+    return Answer(rows)
+
+
+def _reset_truth(truth: Truth, new: int) -> Expected:
+    return Expected([truth.greedy(prompt, new) for prompt in [*truth.prompts, truth.prompts[0][:4]]])
 
 
 def _no_reset() -> str | None:
