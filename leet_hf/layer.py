@@ -40,6 +40,7 @@ class LayerBinding:
             with torch.inference_mode(False):
                 tensor = torch.tensor(self.decay.log_decays, dtype=key[1], device=key[0])
             if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(tensor)  # else CUDA graphs copy it at every replay
                 self._tensors[key] = tensor
         return tensor
 

@@ -192,8 +192,8 @@ def _apply(host: _Host, model: nn.Module, undo: list[Callable[[], None]]) -> Non
         if not _is_patched(module):
             undo.append(lambda module=module: _restore(module))  # type: ignore[misc]
             _install(module, layer_forward, binding)
-            weight = next(module.parameters())
-            if weight.device.type != "meta":
+            weight = _weight(module)
+            if weight is not None and weight.device.type != "meta":
                 binding.log_decay(weight)  # made now, so that a graph traced before the first forward finds it
     if not _is_patched(base):
         undo.append(lambda: _restore(base))
@@ -236,6 +236,12 @@ def _method(layer: nn.Module, method: str) -> str:
     """What "auto" comes to where the layer's weights are now."""
     if method != "auto":
         return method
-    weight = next(layer.parameters())
-    serving = (name for name, refusal in available_methods(weight.device, weight.dtype).items() if refusal is None)
+    weight = _weight(layer)
+    where = () if weight is None else (weight.device, weight.dtype)
+    serving = (name for name, refusal in available_methods(*where).items() if refusal is None)
     return f"auto ({next(serving, 'none can run here')})"
+
+
+def _weight(layer: nn.Module) -> nn.Parameter | None:
+    """A weight in the dtype the layer computes in; those of a quantized layer are integers."""
+    return next((weight for weight in layer.parameters() if weight.is_floating_point()), None)

@@ -42,8 +42,8 @@ def upgrade(cache: Any, spec: CacheSpec, layers_used: int | None = None) -> None
         layers = new
     cache.layers = layers
     if cache.offloading and sum(not isinstance(layer, RecurrentLayer) for layer in layers) == 1:
-        # Offloading fetches the next softmax layer during the use of this one. A lone layer is its own next: it would be
-        # read while it is still being copied, so it stays on the device.
+        # Offloading fetches the next softmax layer during the use of this one. A lone layer is its own next: it would
+        # be read while it is still being copied, so it stays on the device.
         cache.offloading = False
 
 

@@ -1,4 +1,4 @@
-"""What has to be settled before a test module is imported: no hub, Triton's interpreter where there is no GPU."""
+"""What has to be settled before a test module is imported: no hub, one thread, Triton's interpreter without a GPU."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     # Triton reads this when a kernel is decorated, which is when the module that holds it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers that each start a thread per core wait for each other most of the time; so would what they start.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+# Tiny tensors gain nothing from more threads, and lose much where other programs want the cores too. What tests start as
+# processes of their own reads the variable; torch, which is there already, has to be told.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -346,8 +346,12 @@ def test_find_packing() -> None:
 def test_upgrading_standard_caches(layout: str) -> None:
     config = tiny.config(layout)
     model = patch_model(tiny.model(layout))
-    for make in (DynamicCache, lambda config: DynamicCache(), lambda config: StaticCache(config, max_cache_len=30)):
-        cache = make(config=config)
+    for cache in (
+        DynamicCache(config=config),
+        DynamicCache(),
+        StaticCache(config, max_cache_len=30),
+        DynamicCache(config=config, offloading=True),
+    ):
         cache.activate_past_recording()
         before = list(cache.layers)
         assert upgrade_cache(cache, model) is cache

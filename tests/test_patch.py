@@ -509,6 +509,23 @@ def test_inference_mode(layout: str, first: Any, second: Any) -> None:
     same(torch.cat(got, 1), want[:, 18:])
 
 
+@pytest.mark.parametrize("layout", tiny.LAYOUTS)
+def test_autocast_keeps_states_in_float32(layout: str) -> None:
+    """Under autocast the keys are bfloat16; the state is that of these keys, to float32 precision."""
+    model = patch_model(tiny.model(layout))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole = model(IDS, use_cache=True)
+        cache = model(IDS[:, :18], use_cache=True).past_key_values
+        for i in range(18, 21):
+            output = model(IDS[:, i : i + 1], past_key_values=cache)
+        first = model.config.layer_types.index(tiny.LINEAR)
+        state, want = (c.layers[first].recurrent_states[0] for c in (cache, whole.past_key_values))
+    assert cache.layers[first].state.keys.dtype == torch.bfloat16
+    assert state.dtype == torch.float32
+    assert first > 0 or torch.allclose(state, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.logits[:, -1], whole.logits[:, -1], rtol=0.1, atol=0.1)
+
+
 def test_gradients_through_the_cache() -> None:
     """Two forwards with a cache, trained through, have the gradient of one forward."""
     model = patch_model(tiny.model())
