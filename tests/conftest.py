@@ -12,8 +12,8 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     # Triton reads this when a kernel is decorated, which is when the module that holds it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
-# Tiny tensors gain nothing from more threads, and lose much where other programs want the cores too. What tests start as
-# processes of their own reads the variable; torch, which is there already, has to be told.
+# Tiny tensors gain nothing from more threads, and lose much where other programs want the cores too. What tests start
+# as processes of their own reads the variable; torch, which is there already, has to be told.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 

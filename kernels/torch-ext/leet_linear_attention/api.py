@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,7 @@ def linear_attention(
     check_linear_attention(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     chosen = choose(method, q.device, q.dtype)
     differentiable = (q, k, v, log_decay, initial_state)
-    operator = torch.ops.leet_linear_attention.forward
+    operator: Callable[..., tuple[Tensor, Tensor]] = torch.ops.leet_linear_attention.forward
     if _plain(*differentiable, cu_seqlens) and not (
         torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
     ):
@@ -102,7 +104,9 @@ def linear_attention_step(
     """
     check_step(q, k, v, log_decay, scale, state)
     chosen = choose(method, q.device, q.dtype)
-    operator = library.step if _plain(q, k, v, log_decay) else torch.ops.leet_linear_attention.step
+    operator: Callable[..., Tensor] = torch.ops.leet_linear_attention.step
+    if _plain(q, k, v, log_decay):
+        operator = library.step
     with torch.no_grad():
         return operator(
             _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v), log_decay,
