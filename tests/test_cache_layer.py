@@ -451,3 +451,13 @@ def test_layers_that_have_seen_other_tokens_are_refused() -> None:
     cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
     with pytest.raises(ValueError, match=r"layers hold \[0, 3\] tokens"):
         patch_model(tiny.model("softmax-first"))(torch.arange(4)[None], past_key_values=cache)
+
+
+@pytest.mark.parametrize(("layout", "stays_offloading"), [("linear-first", False), ("softmax-first", True)])
+def test_a_lone_softmax_layer_is_not_offloaded(layout: str, stays_offloading: bool) -> None:
+    """It would be fetched while it is read: offloading fetches the next softmax layer, which is the same one."""
+    model = patch_model(tiny.model(layout))
+    cache = DynamicCache(config=model.config)
+    cache.offloading = True  # what `offloading=True` sets, on machines that have a device to offload from
+    upgrade_cache(cache, model)
+    assert cache.offloading is stays_offloading

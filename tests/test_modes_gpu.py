@@ -44,6 +44,8 @@ def test_float32_agrees_with_cache_free_stock(name: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", tiny.LAYOUTS)
 @pytest.mark.parametrize("name", [name for name in MODES if name not in NOT_IN_BFLOAT16])
 def test_bfloat16_stays_near_float32(name: str, layout: str) -> None:
+    if (lacking := MODES[name].missing()) is not None:
+        pytest.skip(lacking)
     truth = truth_of(layout, rounded=True)
     outcome = check(MODES[name], patched_of(layout, torch.bfloat16), truth=truth, exact=False, tolerance=0.05)
     assert outcome.agrees, outcome.reason
