@@ -73,6 +73,14 @@ def same(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+def skip_unless_stock_pickles() -> None:
+    """Some versions of transformers (5.20) put a local function on their own models."""
+    try:
+        pickle.dumps(tiny.model())
+    except AttributeError as error:
+        pytest.skip(f"the stock model can not be pickled: {error}")
+
+
 # What patching changes, and what it does not.
 
 
@@ -124,6 +132,8 @@ def test_unpatching_restores_everything(kind: type) -> None:
 
 @pytest.mark.parametrize("through", ["deepcopy", "pickle", "torch.save"])
 def test_copies_stay_patched_and_are_their_own(through: str) -> None:
+    if through != "deepcopy":
+        skip_unless_stock_pickles()
     model = patch_model(tiny.model())
     want = model.generate(IDS, max_new_tokens=20, do_sample=False)
     if through == "deepcopy":
@@ -436,6 +446,7 @@ def test_one_graph_for_all_lengths_without_a_cache() -> None:
 
 def test_a_compiled_copy() -> None:
     """What is pickled must still be traceable: instance forwards are unusual."""
+    skip_unless_stock_pickles()
     torch._dynamo.reset()
     copied = pickle.loads(pickle.dumps(patch_model(tiny.model())))
     forward = torch.compile(copied, backend="eager", fullgraph=True)

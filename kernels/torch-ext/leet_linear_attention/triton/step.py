@@ -11,8 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..torch_step import step as torch_step
 from . import tuning
 from .common import decayed, dot, dot_narrow, narrow_dot
+from .launch import device_index
 
 
 @triton.jit
@@ -176,13 +178,17 @@ def step(
     decay = 0 if log_decay is None else (1 if log_decay.dim() == 1 else 2)
     sg = log_decay.stride() if log_decay is not None and decay == 2 else (0, 0, 0)
     config = tuning.step_config(width_k, width_v)
+    rows = 1 if tokens == 1 else tuning.block_of(tokens)
+    if not tuning.step_fits(rows, buffer, width_k, config.block_v, q.element_size(), device_index(q)):
+        # Wide windows for taking back tokens; the torch form serves any size, and reads the cursor on the host.
+        return torch_step(q, k, v, log_decay, base, keys, values, log_decays, cursor, scale, buffer, keep)
     step_kernel[(triton.cdiv(width_v, config.block_v) * batch * heads,)](
         q, k, v, log_decay, base, keys, values, log_decays, cursor, out,
         tokens, heads, heads // q.shape[2], heads // k.shape[2], heads // v.shape[2],
         heads // log_decay.shape[-1] if log_decay is not None else 1, scale, keep,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sg,
         K=width_k, V=width_v, BK=tuning.block_of(width_k), BV=config.block_v, N=buffer, BN=tuning.block_of(buffer),
-        BT=1 if tokens == 1 else tuning.block_of(tokens), DECAY=decay,
+        BT=rows, DECAY=decay,
         IS_FP32=q.dtype == torch.float32, IS_FP16=q.dtype == torch.float16, num_warps=config.warps, num_stages=1,
     )  # fmt: skip
     return out

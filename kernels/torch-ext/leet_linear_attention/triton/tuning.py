@@ -118,6 +118,16 @@ def step_config(key_dim: int, value_dim: int) -> StepConfig:
     return StepConfig(block_v, 4)
 
 
+def step_fits(rows: int, buffer: int, key_dim: int, block_v: int, itemsize: int, device_index: int) -> bool:
+    """Whether a decode step of ``rows`` (padded) tokens fits a block's shared memory, by an upper estimate."""
+    if device_index < 0:
+        return True
+    held, width = block_of(buffer), block_of(key_dim)
+    tokens = (2 * rows + held) * width + (rows + held) * block_v
+    products = rows * (rows + held) + width * block_v
+    return (tokens + products) * itemsize + held * block_v * 4 <= shared_memory(device_index)
+
+
 def decay_gradient_block(rows: int, value_dim: int, itemsize: int) -> int:
     """Value columns the gradient of log_decay takes at once beside a chunk's keys of width ``rows``."""
     wide = 32 if rows > 128 else 64
