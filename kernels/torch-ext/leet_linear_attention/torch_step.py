@@ -71,12 +71,19 @@ def step(
         return q.new_empty(batch, 0, heads, value_dim)
     start, count = cursor[:2].tolist()
     slots = keys.shape[1]
-    held = (start + torch.arange(count + tokens, device=q.device)) % slots
-    fresh = held[count:]
-    keys.index_copy_(1, fresh, k.to(keys.dtype))
-    values.index_copy_(1, fresh, v.to(values.dtype))
-    log_decays.index_copy_(1, fresh, per_token(log_decay, log_decays, tokens))
-    held_keys, held_values, held_decays = (x.index_select(1, held) for x in (keys, values, log_decays))
+    rings = (keys, values, log_decays)
+    fresh = (k, v, per_token(log_decay, log_decays, tokens))
+    total = count + tokens
+    if start + total <= slots:
+        # in one piece: views, no copies
+        held_keys, held_values, held_decays = (ring.narrow(1, start, total) for ring in rings)
+        for held, x in zip((held_keys, held_values, held_decays), fresh, strict=True):
+            held.narrow(1, count, tokens).copy_(x)
+    else:
+        held = (start + torch.arange(total, device=q.device)) % slots
+        for ring, x in zip(rings, fresh, strict=True):
+            ring.index_copy_(1, held[count:], x.to(ring.dtype))
+        held_keys, held_values, held_decays = (ring.index_select(1, held) for ring in rings)
 
     dtype = base.dtype
     running = running_decay(held_decays)
