@@ -1,6 +1,6 @@
 """The decode step in a CUDA graph, averaged over whole buffer cycles, against reading the state once and against FLA.
 
-    python benchmarks/step.py [--quick] [--no-peers] [--output FOLDER]
+python benchmarks/step.py [--quick] [--no-peers] [--output FOLDER]
 """
 
 from __future__ import annotations

@@ -117,9 +117,7 @@ def step_kernel(
         o = dot_narrow(q, S, IS_FP16) * tl.exp((G + Gb_all).to(tl.float32))[:, None]
         o += narrow_dot(A, v, IS_FP16)
         o += narrow_dot(A_b, vb, IS_FP16)
-        tl.store(
-            out_at + t[:, None] * (H * V) + value[None, :], (o * scale).to(out_ptr.dtype.element_ty), mask=tile_v
-        )
+        tl.store(out_at + t[:, None] * (H * V) + value[None, :], (o * scale).to(out_ptr.dtype.element_ty), mask=tile_v)
 
     # Fold the oldest tokens where the new ones find no room. The state stays that of float32 arithmetic: three TF32
     # products give back what one drops, and 16-bit keys lose nothing even in one.

@@ -132,4 +132,3 @@ def decay_gradient_block(rows: int, value_dim: int, itemsize: int) -> int:
     """Value columns the gradient of log_decay takes at once beside a chunk's keys of width ``rows``."""
     wide = 32 if rows > 128 else 64
     return min(wide if itemsize == 2 else 16, block_of(value_dim))
-
