@@ -157,3 +157,38 @@ def test_offsets_beyond_2_to_the_31() -> None:
     last = slice(-1000, None)
     assert (o[:, last].float() - wanted[:, last].float()).norm() <= 5e-3 * wanted[:, last].float().norm()
     assert (final - wanted_final).norm() <= 5e-3 * wanted_final.norm()
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(256, 512), (512, 256), (320, 48)])
+def test_wide_heads(key_dim: int, value_dim: int) -> None:
+    q, k = (torch.randn(2, 200, 2, key_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    v = torch.randn(2, 200, 2, value_dim, device="cuda", dtype=torch.bfloat16)
+    g = -torch.rand(2, 200, 2, device="cuda") * 0.2
+    results = []
+    for method in ("triton", "torch"):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v, g)]
+        o, state = linear_attention(*leaves, scale=key_dim**-0.5, output_final_state=True, method=method)
+        assert state is not None
+        results.append((o, state, *torch.autograd.grad(o.float().square().sum() + state.sum(), leaves)))
+    for a, b in zip(*results, strict=True):
+        assert (a.float() - b.float()).norm() <= 1.5e-2 * b.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [128, 256])
+@pytest.mark.parametrize("buffer", [64, 128, 256])
+def test_wide_windows(buffer: int, width: int, dtype: torch.dtype) -> None:
+    """Steps with room to take many tokens back, of one token to all that fit, by Triton and by torch."""
+    outputs = []
+    for method in ("triton", "torch"):
+        torch.manual_seed(0)
+        state = DecodeState.allocate(1, 2, width, width, buffer, dtype, "cuda", keep=buffer)
+        for tokens in (1, 5, buffer, 1, 30, 1):
+            x = [torch.randn(1, tokens, 2, width, device="cuda", dtype=dtype) for _ in range(3)]
+            g = -torch.rand(2, device="cuda") * 0.1
+            o = linear_attention_step(*x, g, state, scale=width**-0.5, method=method)
+        state.rewind(20)
+        outputs.append((o, state.fold()))
+    limit = 1e-5 if dtype == torch.float32 else 6e-3
+    for a, b in zip(*outputs, strict=True):
+        assert (a.float() - b.float()).norm() <= limit * b.float().norm()
