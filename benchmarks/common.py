@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
@@ -14,6 +15,22 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def options(description: str | None, quick: str) -> argparse.ArgumentParser:
+    """The options all benchmarks have; ``quick`` says what --quick measures."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser
+
+
+def require_cuda() -> None:
+    """Leave with a message where there is nothing to measure on; settle the random numbers."""
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks need a CUDA device: none was found")
+    torch.manual_seed(0)
 
 
 def versions() -> dict[str, str]:

@@ -9,14 +9,13 @@ input read once and each output written once, at the speed of a copy measured in
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, copy_bandwidth, first_call, table, timed, timed_host, write
+from common import copy_bandwidth, first_call, options, require_cuda, table, timed, timed_host, write
 
 from leet_linear_attention import linear_attention
 
@@ -198,28 +197,23 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three shapes, no peers")
+    parser = options(__doc__, quick="three shapes, no peers")
     parser.add_argument("--only", default="", help="shapes whose name contains this")
-    parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/ops.py needs a CUDA device: none was found")
-    torch.manual_seed(0)
+    chosen = parser.parse_args()
+    require_cuda()
     bandwidth = copy_bandwidth()
     print(f"copy {bandwidth / 1e12:.2f} TB/s", flush=True)
-    shapes = [s for s in SHAPES if options.only in str(s)]
-    if options.quick:
+    shapes = [s for s in SHAPES if chosen.only in str(s)]
+    if chosen.quick:
         shapes = shapes[:3]
-    peers = [] if options.quick or options.no_peers else list(PEERS)
+    peers = [] if chosen.quick or chosen.no_peers else list(PEERS)
     rows = []
     for shape in shapes:
         rows.append(measure(shape, bandwidth, peers, rep=40))
         print(", ".join(f"{k} {v:.3g}" for k, v in rows[-1].items() if isinstance(v, float)), flush=True)
         torch.cuda.empty_cache()
     print(table(rows, [c for c in COLUMNS if any(c in r for r in rows)]))
-    path = write("ops", {"copy_bytes_per_second": bandwidth, "rows": rows}, options.output)
+    path = write("ops", {"copy_bytes_per_second": bandwidth, "rows": rows}, chosen.output)
     plot(rows, path.with_suffix(".png"), torch.cuda.get_device_name())
     print(f"wrote {path}")
 

@@ -5,12 +5,10 @@ python benchmarks/step.py [--quick] [--no-peers] [--output FOLDER]
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, copy_bandwidth, first_call, table, timed_graph, write
+from common import copy_bandwidth, first_call, options, require_cuda, table, timed_graph, write
 
 from leet_linear_attention import DecodeState, linear_attention_step
 
@@ -64,21 +62,15 @@ def measure(shape: tuple[int, int, int, int], bandwidth: float, peers: bool) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one shape, no peers")
-    parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/step.py needs a CUDA device: none was found")
-    torch.manual_seed(0)
+    chosen = options(__doc__, quick="one shape, no peers").parse_args()
+    require_cuda()
     bandwidth = copy_bandwidth()
-    shapes = SHAPES[:1] if options.quick else SHAPES
-    rows = [measure(shape, bandwidth, not (options.quick or options.no_peers)) for shape in shapes]
+    shapes = SHAPES[:1] if chosen.quick else SHAPES
+    rows = [measure(shape, bandwidth, not (chosen.quick or chosen.no_peers)) for shape in shapes]
     columns = ["shape", "T1 us", "fla us", "x fla", "read state us", "of state read %"]
     columns += ["T4 us", "T4 / T1", "first T1 s"]
     print(table(rows, [c for c in columns if any(c in r for r in rows)]))
-    path = write("step", {"copy_bytes_per_second": bandwidth, "buffer": BUFFER, "rows": rows}, options.output)
+    path = write("step", {"copy_bytes_per_second": bandwidth, "buffer": BUFFER, "rows": rows}, chosen.output)
     print(f"wrote {path}")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
-from .shapes import state_heads
+from .shapes import sequence_count, state_heads
 
 if TYPE_CHECKING:
     from .state import DecodeState
@@ -48,7 +48,7 @@ def check_linear_attention(
     )
     _check_heads(heads, q, k, v, log_decay)
     if initial_state is not None:
-        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sequences = sequence_count(q, cu_seqlens)
         rows = "B" if cu_seqlens is None else "N"
         wanted = (sequences, heads, k.shape[-1], v.shape[-1])
         _check_state("initial_state", initial_state, wanted, f"[{rows}, H, K, V]", q)

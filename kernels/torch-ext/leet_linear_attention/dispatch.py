@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from .interpreter import interpreting
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,6 @@ _TRITON_MISSING = (
     if importlib.util.find_spec("triton") is None
     else None
 )
-
-
-def interpreting() -> bool:
-    """Whether Triton runs in its interpreter (environment variable TRITON_INTERPRET)."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _triton_refuses(device: torch.device, dtype: torch.dtype) -> str | None:

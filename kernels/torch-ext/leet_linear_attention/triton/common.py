@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..dispatch import interpreting
+from ..interpreter import interpreting
 
 # The interpreter keeps bfloat16 as bare integers and multiplies those; there products take float32 copies.
 _WIDEN = tl.constexpr(interpreting())

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..shapes import sum_groups
+from ..shapes import sequence_count, sum_groups
 from . import tuning
 from .common import dot, dot_narrow, token_decay
 
@@ -121,7 +121,7 @@ def decay_gradient(
 ) -> torch.Tensor:
     """dlog_decay in log_decay's shape; ``states`` and ``gradients`` [slots, H, K, V] meet chunks from either side."""
     batch, tokens = q.shape[:2]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = sequence_count(q, cu_seqlens)
     per_token = log_decay.dim() == 3
     dg = q.new_empty((batch, tokens, heads), dtype=torch.float32)
     block_k = tuning.block_of(q.shape[-1])

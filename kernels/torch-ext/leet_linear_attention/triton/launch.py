@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from ..shapes import sequence_count
 from . import tuning
 from .sweep import scan_kernel, sweep_kernel
 
@@ -68,7 +69,7 @@ def sweep(
     index = device_index(a)
     if config is None:
         config = tuning.sweep_config(width_x, width_y, a.element_size(), index)
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = sequence_count(a, cu_seqlens)
     passes = 1 if twin is None else 2
     programs = triton.cdiv(width_y, config.block_y) * passes * sequences * heads
     count, length = 1, tokens
