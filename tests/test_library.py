@@ -81,4 +81,4 @@ def test_refusals_are_readable() -> None:
     with pytest.raises(ValueError, match=r"method 'triton' can not serve this call: dtype torch\.float64"):
         linear_attention(q.double(), k.double(), v.double(), method="triton")
     reasons = available_methods("cpu")
-    assert list(reasons) == ["torch", "triton"] and reasons["torch"] is None
+    assert list(reasons)[:2] == ["torch", "triton"] and reasons["torch"] is None

@@ -67,17 +67,16 @@ def linear_attention(
     """
     check_linear_attention(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     chosen = choose(method, q.device, q.dtype)
-    differentiable = (q, k, v, log_decay, initial_state)
-    operator: Callable[..., tuple[Tensor, Tensor]] = torch.ops.leet_linear_attention.forward
-    if _plain(*differentiable, cu_seqlens) and not (
-        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
-    ):
-        operator = library.forward
-    o, final_state = operator(
+    arguments = (
         _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v),
         log_decay, initial_state, cu_seqlens, float(scale), output_final_state, chosen,
     )  # fmt: skip
-    return o, final_state if output_final_state else None
+    if not _plain(q, k, v, log_decay, initial_state, cu_seqlens):
+        o, final_state = torch.ops.leet_linear_attention.forward(*arguments)
+        return o, final_state if output_final_state else None
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:5]):
+        return library.Differentiable.apply(*arguments)
+    return library.forward(*arguments)
 
 
 def linear_attention_step(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .interpreter import interpreting
+from .methods import NAMES
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def _torch_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 _METHODS = {
     "triton": Method("triton", _triton_refuses),
     "torch": Method("torch", _torch_refuses),
+    # For study and comparison: served when asked for by name, never by "auto".
+    **{name: Method(name, _triton_refuses if name.endswith("_triton") else _torch_refuses) for name in NAMES},
 }
 
 
@@ -86,8 +89,12 @@ def choose(method: str, device: torch.device, dtype: torch.dtype) -> str:
 def available_methods(
     device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, str | None]:
-    """Every method: None where it runs on ``device`` (default: CUDA if there is one, else CPU), or why it can not."""
+    """Every method: None where it runs on ``device`` (default: CUDA if there is one, else CPU), or why it can not.
+
+    First those that ``"auto"`` tries, in its order, then the named algorithms of the collection (see ``methods``).
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
-    return {method.name: method.refuses(device, dtype) for method in candidates(device)}
+    named = [_METHODS[name] for name in NAMES]
+    return {method.name: method.refuses(device, dtype) for method in [*candidates(device), *named]}

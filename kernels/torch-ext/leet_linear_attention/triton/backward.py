@@ -11,7 +11,8 @@ import torch
 from ..shapes import sequence_count, state_heads, sum_groups
 from . import tuning
 from .decay_gradient import decay_gradient
-from .launch import chunk_slots, device_index, sweep
+from .launch import chunk_slots, sweep
+from .launcher import device_index
 
 
 def backward(
@@ -41,41 +42,34 @@ def backward(
     if dfinal is not None:
         dfinal = dfinal.contiguous() / scale
 
-    forward_states = backward_states = None
-    config = config_t = None
+    forward_states = backward_states = config = None
     if need_log_decay:
-        # dq's sweep holds the states [V, K], dv's the gradients [K, V]: both with the same chunk.
-        index = device_index(q)
-        config = tuning.sweep_config(q.shape[-1], v.shape[-1], q.element_size(), index)
-        config_t = tuning.sweep_config(v.shape[-1], q.shape[-1], q.element_size(), index)
-        chunk = min(config.chunk, config_t.chunk)
-        config, config_t = config._replace(chunk=chunk), config_t._replace(chunk=chunk)
-        slots = chunk_slots(q.shape[1], sequence_count(q, cu_seqlens), q.shape[0], chunk, cu_seqlens is not None)
-        shape = (slots, heads, q.shape[-1], v.shape[-1])
+        # The sweeps of dq and dk hold their states [V, K] alike, and with one configuration the same chunks.
+        config = tuning.sweep_config(v.shape[-1], q.shape[-1], q.element_size(), device_index(q))
+        slots = chunk_slots(q.shape[1], sequence_count(q, cu_seqlens), q.shape[0], config.chunk, cu_seqlens is not None)
+        shape = (slots, heads, v.shape[-1], q.shape[-1])
         # states outgrow float16's range
         dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
         forward_states, backward_states = q.new_empty(shape, dtype=dtype), q.new_empty(shape, dtype=dtype)
 
-    dq, _, _ = sweep(
+    dq, _ = sweep(
         do, v, k, log_decay, heads, state, cu_seqlens,
-        scale=scale, transposed=True, chunk_states=forward_states, config=config_t,
+        scale=scale, transposed=True, chunk_states=forward_states, config=config,
     )  # fmt: skip
-    together = q.shape[-1] == v.shape[-1] and not need_log_decay
-    dv, dinitial, dk = sweep(
-        k, q, do, log_decay, heads, dfinal, cu_seqlens,
-        scale=scale, reverse=True, final=initial_state is not None, twin=v if together else None,
-        chunk_states=backward_states, config=config,
+    dk, _ = sweep(
+        v, do, q, log_decay, heads, dfinal, cu_seqlens,
+        scale=scale, reverse=True, transposed=True, chunk_states=backward_states, config=config,
     )  # fmt: skip
-    if dk is None:
-        dk, _, _ = sweep(
-            v, do, q, log_decay, heads, dfinal, cu_seqlens, scale=scale, reverse=True, transposed=True, config=config_t
-        )
+    dv, dinitial = sweep(
+        k, q, do, log_decay, heads, dfinal, cu_seqlens, scale=scale, reverse=True, final=initial_state is not None
+    )
     if dinitial is not None:
         dinitial *= scale
     dlog_decay = None
     if need_log_decay:
-        assert log_decay is not None and forward_states is not None and backward_states is not None
+        assert log_decay is not None and config is not None
+        assert forward_states is not None and backward_states is not None
         dlog_decay = decay_gradient(
-            q, k, v, do, log_decay, heads, forward_states, backward_states, cu_seqlens, scale, chunk
+            q, k, v, do, log_decay, heads, forward_states, backward_states, cu_seqlens, scale, config.chunk
         )
     return sum_groups(dq, q.shape[2]), sum_groups(dk, k.shape[2]), sum_groups(dv, v.shape[2]), dlog_decay, dinitial

@@ -15,6 +15,7 @@ import triton.language as tl
 from ..shapes import sequence_count, sum_groups
 from . import tuning
 from .common import dot, dot_narrow, token_decay
+from .launcher import Launcher, device_index
 
 
 @triton.jit(
@@ -30,7 +31,7 @@ def decay_gradient_kernel(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PER_TOKEN: tl.constexpr, PACKED: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequences * H, chunks). s, r: [slots, H, K, V], states before a chunk and gradients / scale behind it."""
+    """Grid (sequences * H, chunks). s, r: [slots, H, V, K], states before a chunk and gradients / scale behind it."""
     i_c = tl.program_id(1)
     i_nh = tl.program_id(0).to(tl.int64)
     i_n = i_nh // H
@@ -80,7 +81,7 @@ def decay_gradient_kernel(
             tile_v = mask_t[:, None] & mask_v[None, :]
             v = tl.load(v_at + r[:, None] * svt + value[None, :], mask=tile_v, other=0.0)
             do = tl.load(do_at + r[:, None] * sdt + value[None, :], mask=tile_v, other=0.0)
-            o_state = states + key[:, None] * V + value[None, :]
+            o_state = states + key[:, None] + value[None, :] * K
             mask_s = mask_k[:, None] & mask_v[None, :]
             S = tl.load(s_ptr + o_state, mask=mask_s, other=0.0).to(tl.float32)
             R = tl.load(r_ptr + o_state, mask=mask_s, other=0.0).to(tl.float32)
@@ -106,6 +107,9 @@ def decay_gradient_kernel(
         tl.store(dg_ptr + ((i_b * T + bos + t0) + r) * H + i_h, dg, mask=mask_t)
 
 
+_decay_gradient = Launcher(decay_gradient_kernel)
+
+
 def decay_gradient(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -119,7 +123,7 @@ def decay_gradient(
     scale: float,
     chunk: int,
 ) -> torch.Tensor:
-    """dlog_decay in log_decay's shape; ``states`` and ``gradients`` [slots, H, K, V] meet chunks from either side."""
+    """dlog_decay in log_decay's shape; ``states`` and ``gradients`` [slots, H, V, K] meet chunks from either side."""
     batch, tokens = q.shape[:2]
     sequences = sequence_count(q, cu_seqlens)
     per_token = log_decay.dim() == 3
@@ -128,16 +132,20 @@ def decay_gradient(
     block_v = tuning.decay_gradient_block(block_k, v.shape[-1], q.element_size())
     if dg.numel() == 0:
         return torch.zeros_like(log_decay)
-    decay_gradient_kernel[(sequences * heads, triton.cdiv(tokens, chunk))](
-        q, k, v, do, log_decay, states, gradients, dg, cu_seqlens,
-        tokens, heads, heads // q.shape[2], heads // k.shape[2], heads // v.shape[2],
-        heads // log_decay.shape[-1], scale,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
-        *(log_decay.stride() if per_token else (0, 0, 0)),
-        K=q.shape[-1], V=v.shape[-1], C=chunk, BK=block_k, BV=block_v,
-        PER_TOKEN=per_token, PACKED=cu_seqlens is not None, IS_FP32=q.dtype == torch.float32,
-        IS_FP16=q.dtype == torch.float16,
-        num_warps=4 if block_k <= 128 else 8, num_stages=1,
+    _decay_gradient(
+        (sequences * heads, triton.cdiv(tokens, chunk)), device_index(q),
+        (q, k, v, do, log_decay, states, gradients, dg, cu_seqlens),
+        (
+            tokens, heads, heads // q.shape[2], heads // k.shape[2], heads // v.shape[2],
+            heads // log_decay.shape[-1], scale,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+            *(log_decay.stride() if per_token else (0, 0, 0)),
+        ),
+        (
+            q.shape[-1], v.shape[-1], chunk, block_k, block_v, per_token, cu_seqlens is not None,
+            q.dtype == torch.float32, q.dtype == torch.float16,
+        ),
+        4 if block_k <= 128 else 8, 1,
     )  # fmt: skip
     dg = sum_groups(dg.unsqueeze(-1), log_decay.shape[-1]).squeeze(-1)
     return dg if per_token else dg.sum((0, 1), dtype=torch.float64).to(log_decay.dtype)

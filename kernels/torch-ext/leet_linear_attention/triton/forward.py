@@ -21,5 +21,4 @@ def forward(
     """Decayed linear attention; arguments as ``linear_attention``'s, already checked."""
     heads = state_heads(q, k, v, log_decay, initial_state)
     state = initial_state.contiguous() if initial_state is not None else None
-    o, final, _ = sweep(q, k, v, log_decay, heads, state, cu_seqlens, scale=scale, final=output_final_state)
-    return o, final
+    return sweep(q, k, v, log_decay, heads, state, cu_seqlens, scale=scale, final=output_final_state)

@@ -14,7 +14,7 @@ import triton.language as tl
 from ..torch_step import step as torch_step
 from . import tuning
 from .common import decayed, dot, dot_narrow, narrow_dot
-from .launch import device_index
+from .launcher import Launcher, device_index
 
 
 @triton.jit
@@ -35,9 +35,9 @@ def step_kernel(
     T, H, group_q, group_k, group_v, group_g, scale, keep,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sgb, sgt, sgh,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
-    BT: tl.constexpr, DECAY: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
+    BT: tl.constexpr, FEW: tl.constexpr, DECAY: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H * blocks of V,), blocks fastest.
+    """Grid (B * H * blocks of V,), blocks fastest. FEW: at most so many new tokens, where that is a handful; else 0.
 
     The ring has R = 2 N slots: keys [B, R, Hk, K], values [B, R, Hv, V], decays [B, R, H].
     """
@@ -114,26 +114,35 @@ def step_kernel(
         A = tl.where(causal, A, 0.0)
         A_b = dot(q, tl.trans(kb)) * tl.exp((G[:, None] + (Gb_all - Gb)[None, :]).to(tl.float32))
         A_b = tl.where(held[None, :], A_b, 0.0)
-        o = dot_narrow(q, S, IS_FP16) * tl.exp((G + Gb_all).to(tl.float32))[:, None]
+        if FEW > 0:
+            # The state stays in registers: on its way to the matrix units it would pass through shared memory.
+            o = tl.zeros((BT, BV), dtype=tl.float32)
+            for i in tl.static_range(FEW):
+                q_i = tl.load(q_at + i * sqt + key, mask=mask_k & (key * 0 + i < T), other=0.0).to(tl.float32)
+                o = tl.where(t[:, None] == i, tl.sum(q_i[:, None] * S, 0)[None, :], o)
+        else:
+            o = dot_narrow(q, S, IS_FP16)
+        o *= tl.exp((G + Gb_all).to(tl.float32))[:, None]
         o += narrow_dot(A, v, IS_FP16)
         o += narrow_dot(A_b, vb, IS_FP16)
         tl.store(out_at + t[:, None] * (H * V) + value[None, :], (o * scale).to(out_ptr.dtype.element_ty), mask=tile_v)
 
-    # Fold the oldest tokens where the new ones find no room. The state stays that of float32 arithmetic: three TF32
-    # products give back what one drops, and 16-bit keys lose nothing even in one.
+    # Fold the oldest tokens where the new ones find no room, one after another: exact in float32, and unlike a product
+    # of matrices it needs no more registers than the state, which every step would pay for.
     folded = count * 0
     if count + T > N:
         folded = tl.minimum(count, count + T - tl.maximum(keep, T))
     if folded > 0:
         old = n < folded
         G_old = tl.sum(tl.where(old, gb, 0.0).to(Gb.dtype), 0)
-        factor = tl.where(old, tl.exp(tl.where(old, G_old - Gb, 0.0).to(tl.float32)), 0.0)
-        vf = vb.to(tl.float32) * factor[:, None]
-        if IS_FP32:
-            update = dot(tl.trans(kb), vf)
-        else:
-            update = tl.dot(tl.trans(kb.to(tl.float32)), vf, input_precision="tf32x3")
-        tl.store(o_state, decayed(S, G_old) + update, mask=mask_s)
+        S = decayed(S, G_old)
+        for j in range(0, folded):
+            factor = tl.exp(tl.sum(tl.where(old & (n > j), gb, 0.0).to(Gb.dtype), 0).to(tl.float32))
+            slot_j = (start + j) % R
+            k_j = tl.load(keys_ptr + ((i_b * R + slot_j) * heads_k + h_k) * K + key, mask=mask_k, other=0.0)
+            v_j = tl.load(values_ptr + ((i_b * R + slot_j) * heads_v + h_v) * V + value, mask=mask_v, other=0.0)
+            S += k_j.to(tl.float32)[:, None] * (v_j.to(tl.float32) * factor)[None, :]
+        tl.store(o_state, S, mask=mask_s)
 
     # Append. Slots behind the buffered ones: 2 N of them, so none that is read in this launch is written.
     at = (start + count + t) % R
@@ -151,6 +160,9 @@ def step_kernel(
         tl.store(cursor_ptr, (start + folded) % R)
         tl.store(cursor_ptr + 1, count - folded + T)
         tl.store(cursor_ptr + 2, 0)
+
+
+_step = Launcher(step_kernel)
 
 
 def step(
@@ -180,13 +192,18 @@ def step(
     if not tuning.step_fits(rows, buffer, width_k, config.block_v, q.element_size(), device_index(q)):
         # Wide windows for taking back tokens; the torch form serves any size, and reads the cursor on the host.
         return torch_step(q, k, v, log_decay, base, keys, values, log_decays, cursor, scale, buffer, keep)
-    step_kernel[(triton.cdiv(width_v, config.block_v) * batch * heads,)](
-        q, k, v, log_decay, base, keys, values, log_decays, cursor, out,
-        tokens, heads, heads // q.shape[2], heads // k.shape[2], heads // v.shape[2],
-        heads // log_decay.shape[-1] if log_decay is not None else 1, scale, keep,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sg,
-        K=width_k, V=width_v, BK=tuning.block_of(width_k), BV=config.block_v, N=buffer, BN=tuning.block_of(buffer),
-        BT=rows, DECAY=decay,
-        IS_FP32=q.dtype == torch.float32, IS_FP16=q.dtype == torch.float16, num_warps=config.warps, num_stages=1,
+    _step(
+        (triton.cdiv(width_v, config.block_v) * batch * heads,), device_index(q),
+        (q, k, v, log_decay, base, keys, values, log_decays, cursor, out),
+        (
+            tokens, heads, heads // q.shape[2], heads // k.shape[2], heads // v.shape[2],
+            heads // log_decay.shape[-1] if log_decay is not None else 1, scale, keep,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sg,
+        ),
+        (
+            width_k, width_v, tuning.block_of(width_k), config.block_v, buffer, tuning.block_of(buffer),
+            rows, 0 if tokens == 1 or tokens > 4 else 4, decay, q.dtype == torch.float32, q.dtype == torch.float16,
+        ),
+        config.warps, 1,
     )  # fmt: skip
     return out

@@ -20,44 +20,27 @@ from .common import decayed, dot, dot_narrow, narrow_dot, token_decay
 
 @triton.jit(
     do_not_specialize=[
-        "T", "segment", "n_segments", "H", "group_a", "group_b", "group_c", "group_g", "group_a2",
-        "sa2b", "sa2t", "sa2h", "sab", "sat", "sah", "sbb", "sbt", "sbh", "scb", "sct", "sch",
-        "sgb", "sgt", "sgh", "ssx", "ssy",
+        "T", "segment", "n_segments", "H", "group_a", "group_b", "group_c", "group_g",
+        "sab", "sat", "sah", "sbb", "sbt", "sbh", "scb", "sct", "sch", "sgb", "sgt", "sgh", "ssx", "ssy",
     ]
 )  # fmt: skip
 def sweep_kernel(
-    a_ptr, b_ptr, c_ptr, a2_ptr, g_ptr, out_ptr, out2_ptr, s_in_ptr, s_out_ptr, g_sum_ptr, chunks_ptr, cu_ptr,
-    T, segment, n_segments, H, group_a, group_b, group_c, group_g, group_a2, scale,
-    sa2b, sa2t, sa2h, sab, sat, sah, sbb, sbt, sbh, scb, sct, sch, sgb, sgt, sgh, ssx, ssy,
+    a_ptr, b_ptr, c_ptr, g_ptr, out_ptr, s_in_ptr, s_out_ptr, g_sum_ptr, chunks_ptr, cu_ptr,
+    T, segment, n_segments, H, group_a, group_b, group_c, group_g, scale,
+    sab, sat, sah, sbb, sbt, sbh, scb, sct, sch, sgb, sgt, sgh, ssx, ssy,
     X: tl.constexpr, Y: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr,
     HAS_OUT: tl.constexpr, HAS_S_IN: tl.constexpr, HAS_S_OUT: tl.constexpr, HAS_CHUNKS: tl.constexpr,
-    SEGMENTED: tl.constexpr, PAIR: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
+    SEGMENTED: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequences * H * segments * passes * blocks of Y,), blocks fastest.
+    """Grid (sequences * H * segments * blocks of Y,), blocks fastest.
 
-    ``X`` is the width of a and b, ``Y`` of c and out; S is [X, Y]. With PAIR every other run of blocks does the twin
-    pass (a2, c, b) -> out2, whose state is transposed in memory: the gradients of v and k read the same q and do, and
-    side by side they find them in the cache.
+    ``X`` is the width of a and b, ``Y`` of c and out; S is [X, Y].
     """
     BLOCKS: tl.constexpr = (Y + BY - 1) // BY
-    PASSES: tl.constexpr = 2 if PAIR else 1
     i_y = tl.program_id(0) % BLOCKS
-    i_s = (tl.program_id(0) // (BLOCKS * PASSES)) % n_segments
-    i_nh = (tl.program_id(0) // (BLOCKS * PASSES) // n_segments).to(tl.int64)
-    first = True
-    if PAIR:
-        first = (tl.program_id(0) // BLOCKS) % 2 == 0
-        a_ptr = tl.where(first, a_ptr, a2_ptr)
-        b_ptr, c_ptr = tl.where(first, b_ptr, c_ptr), tl.where(first, c_ptr, b_ptr)
-        out_ptr = tl.where(first, out_ptr, out2_ptr)
-        sab, sat, sah = tl.where(first, sab, sa2b), tl.where(first, sat, sa2t), tl.where(first, sah, sa2h)
-        sbb, scb = tl.where(first, sbb, scb), tl.where(first, scb, sbb)
-        sbt, sct = tl.where(first, sbt, sct), tl.where(first, sct, sbt)
-        sbh, sch = tl.where(first, sbh, sch), tl.where(first, sch, sbh)
-        group_a = tl.where(first, group_a, group_a2)
-        group_b, group_c = tl.where(first, group_b, group_c), tl.where(first, group_c, group_b)
-        ssx, ssy = tl.where(first, ssx, ssy), tl.where(first, ssy, ssx)
+    i_s = (tl.program_id(0) // BLOCKS) % n_segments
+    i_nh = (tl.program_id(0) // BLOCKS // n_segments).to(tl.int64)
     i_n = i_nh // H
     i_h = i_nh % H
 
@@ -140,7 +123,9 @@ def sweep_kernel(
             # the state that meets this chunk, for the gradient of log_decay
             i_first = (bos // C + i_n) if PACKED else i_n * tl.cdiv(T, C)
             slot = ((i_first + (begin // C) + i_c) * H + i_h) * X * Y
-            tl.store(chunks_ptr + slot + o_state, S.to(chunks_ptr.dtype.element_ty), mask=mask_state)
+            tl.store(
+                chunks_ptr + slot + x[:, None] * Y + y[None, :], S.to(chunks_ptr.dtype.element_ty), mask=mask_state
+            )
 
         if HAS_OUT:
             a = tl.load(a_ptr + t0 * sat + (r[:, None] * sat + x[None, :]), mask=tile_x, other=0.0)
@@ -169,7 +154,7 @@ def sweep_kernel(
         else:
             S += dot(tl.trans(b), c)
 
-    if HAS_S_OUT and first:
+    if HAS_S_OUT:
         tl.store(s_out_ptr + i_state + o_state, S, mask=mask_state)
     if SEGMENTED and i_y == 0:
         tl.store(g_sum_ptr + i_nh * n_segments + i_s, g_total)
