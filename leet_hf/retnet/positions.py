@@ -1,0 +1,54 @@
+"""Positions of RetNet: rotations of q and k, and how much has decayed so far."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Positions(NamedTuple):
+    """What the layers of one forward share: cos and sin, float [B, T, 1, D / 2] (B may be 1); counts: the positions
+    [B, T] counted from the beginning of each sequence."""
+
+    cos: Tensor
+    sin: Tensor
+    counts: Tensor
+
+
+def rotary_angles(dim: int, theta: float, kind: str, device: torch.device) -> Tensor:
+    """Angle per position of each rotated pair, float32 [dim / 2].
+
+    kind: "rope", `theta^(-2i/D)` (Su et al., arXiv 2104.09864), or "theta_shift", `theta^-linspace(0, 1, D/2)`
+    (torchscale's RetNetRelPos). In float32 as in both sources: far positions multiply every rounding.
+    """
+    if kind == "rope":
+        exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    else:
+        exponent = torch.linspace(0, 1, dim // 2, dtype=torch.float32, device=device)
+    return 1.0 / theta**exponent
+
+
+def rotary_tables(position_ids: Tensor, angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [B, T, 1, D / 2] for position_ids [B, T] and angles [D / 2]; float32, or float64 where dtype is."""
+    phase = (position_ids[..., None].to(angles.dtype) * angles)[:, :, None]
+    phase = phase.to(torch.promote_types(dtype, torch.float32))
+    return phase.cos(), phase.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, kind: str) -> Tensor:
+    """x [B, T, H, D] with each pair of dims turned by its angle: dims (i, i + D/2) for rope, (2i, 2i + 1) else."""
+    if kind == "rope":
+        first, second = x.to(cos.dtype).chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    else:
+        first, second = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    return turned.to(x.dtype)
+
+
+def decay_sums(counts: Tensor, log_decay: Tensor) -> Tensor:
+    """`1 + gamma + ... + gamma^n` at position n of its sequence: counts [B, T], log_decay [H] to float [B, T, H, 1]."""
+    reach = (counts[..., None] + 1) * log_decay
+    return (torch.expm1(reach) / torch.expm1(log_decay))[..., None]
