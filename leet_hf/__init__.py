@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .retnet.registration import register_when_loaded
+
 if TYPE_CHECKING:
     from .adapters import register_adapter
     from .generation import upgrade_cache
@@ -47,3 +49,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_when_loaded()  # RetNet in transformers' Auto classes

@@ -1,7 +1,8 @@
-"""The command `leet-hf`: demo, env, models."""
+"""The command `leet-hf`: demo, env, models, convert."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -45,3 +46,21 @@ def models() -> None:
     from .show import show_models
 
     show_models(Console())
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint: a file of weights, or a directory that holds some.")],
+    target: Annotated[Path, typer.Argument(help="The directory to make, for AutoModelForCausalLM.from_pretrained.")],
+    origin: Annotated[str, typer.Option("--from", help="torchscale, hf-port, or auto to tell by the keys.")] = "auto",
+    config: Annotated[Path | None, typer.Option(help="A JSON file with the source's options.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file to write; about the memory used.")] = "5GB",
+    force: Annotated[bool, typer.Option("--force", help="Replace a target that is not empty.")] = False,
+) -> None:
+    """Convert a RetNet checkpoint of torchscale, or of its Hugging Face port, to leet_hf's RetNetForCausalLM.
+
+    Exits with 2, and leaves the target as it was, if anything about the checkpoint is not as expected.
+    """
+    from .retnet.command import show_conversion
+
+    raise typer.Exit(show_conversion(Console(), source, target, origin, config, max_shard_size, force))

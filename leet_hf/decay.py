@@ -46,6 +46,17 @@ def minimax_text_01(heads: int, layer: int, layers: int) -> LogDecays:
     return tuple(-slope * depth for slope in alibi_slopes(heads))
 
 
+def bailing(heads: int, layer: int, layers: int) -> LogDecays:
+    """`-alibi_h * (1 - (l - 1) / (L - 1) + 1e-5)`: Ring / Ling linear as published (`modeling_bailing_moe_v2_5.py`).
+
+    Some serving engines have l where this has l - 1. L must be at least 2, as there.
+    """
+    if layers < 2:
+        raise ValueError(f"layers is {layers}, must be at least 2: the formula divides by L - 1")
+    depth = 1 - (layer - 1) / (layers - 1) + 1e-5
+    return tuple(-slope * depth for slope in alibi_slopes(heads))
+
+
 def retnet(heads: int) -> LogDecays:
     """`log(1 - 2^(-5 - h))`: Sun et al., "Retentive Network", arXiv 2307.08621, and torchscale.
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from .modes import Mode, Outcome, Truth, check, modes
 from .patch import patch_model
+from .versions import cache_of
 
 MODEL = "kjv-minimax"
 PROMPT = "And it came to pass in those days"
@@ -104,7 +105,7 @@ def cache_bytes(model: Any, length: int) -> int:
     """Bytes of all tensors in the cache that a forward over `length` tokens returns."""
     ids = torch.arange(length, device=model.device)[None] % model.config.vocab_size
     with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_of(model(input_ids=ids, use_cache=True, logits_to_keep=1))
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(cache, set())}.values())
 
 

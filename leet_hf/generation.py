@@ -11,28 +11,37 @@ from torch import nn
 from transformers import Cache
 
 from .cache import SLACK
-from .host import HostBinding
+from .host import HostBinding, masks_by_kind
+from .hosts.remote import kinds_of
 from .shapes import CacheSpec
-from .upgrade import recurrent_layers, upgrade
+from .upgrade import layers_counted, recurrent_layers, upgrade
+from .versions import CACHE
 
 
 @dataclass
 class GenerationBinding:
-    """What patching puts on a model that generates."""
+    """What patching puts on a model that generates. replaced: the names of what it has of its own besides."""
 
     spec: CacheSpec
+    replaced: tuple[str, ...]
 
 
-def install_generation(model: nn.Module, spec: CacheSpec) -> None:
-    """Let generate() of this instance prepare standard caches."""
-    model.__dict__["_leet"] = GenerationBinding(spec)
-    for name, function in _REPLACED.items():
-        model.__dict__[name] = functools.partial(function, model)
+def install_generation(model: nn.Module, host: HostBinding) -> None:
+    """Let generate() of this instance prepare standard caches. host: the binding of its base model."""
+    methods = {**_REPLACED, **host.adapter.head_methods}
+    if getattr(model.config, "layer_types", None) is None:
+        methods["create_masks_for_generate"] = _masks_for_generate
+    entries: dict[str, Any] = {name: functools.partial(function, model) for name, function in methods.items()}
+    if getattr(model, "_is_stateful", False):
+        entries["_is_stateful"] = False  # it says that tokens can not be taken back, which our layers can
+    model.__dict__["_leet"] = GenerationBinding(host.spec, tuple(entries))
+    model.__dict__.update(entries)
 
 
 def restore_generation(model: nn.Module) -> None:
     """Undo `install_generation`."""
-    for name in ("_leet", *_REPLACED):
+    binding = model.__dict__.pop("_leet", None)
+    for name in binding.replaced if binding is not None else ():
         model.__dict__.pop(name, None)
 
 
@@ -55,23 +64,59 @@ def _supports_default_cache(model: Any) -> bool:
     return True
 
 
+class RecurrentGeneration:
+    """A base of model classes that need no patching, before GenerationMixin: what `install_generation` does to one."""
+
+    _leet: GenerationBinding
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        _complete_cache(self, generation_config, model_kwargs)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        return _expected(super()._get_candidate_generator(*args, **kwargs), kwargs)  # type: ignore[misc]
+
+
 def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
     """Transformers' own preparation, then recurrent layers in the cache it made or was given."""
-    type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
-    cache = model_kwargs.get("past_key_values")
+    with layers_counted(model.config, len(model._leet.spec)):
+        type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+    _complete_cache(model, generation_config, model_kwargs)
+
+
+def _complete_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+    cache = model_kwargs.get(CACHE)
     if cache is None:
         return
-    upgrade(cache, model._leet.spec, model.config.num_hidden_layers)
+    upgrade(cache, model._leet.spec, getattr(model.config, "num_hidden_layers", None))
     # An assistant writes token by token and takes back its whole draft at once.
     assists = bool(getattr(generation_config, "is_assistant", False))
     drafted = getattr(model.generation_config, "num_assistant_tokens", None) if assists else None
+    if assists:
+        # Transformers has said so to the layers there were; those of a config without layer_types do not take note.
+        for layer in recurrent_layers(cache):
+            if not layer.record_past:
+                layer.activate_past_recording()
     _set_recording(cache, int(drafted or 0), grows=assists)
+
+
+def _masks_for_generate(model: Any, **kwargs: Any) -> Any:
+    """Masks by kind of layer, for a static cache: transformers asks the config for the kinds, this host's has none."""
+    kinds = kinds_of(model._leet.spec, len(model._leet.spec))
+    cache, positions = kwargs.get(CACHE), kwargs.get("position_ids")
+    mask = kwargs["attention_mask"]
+    return masks_by_kind(kwargs["config"], kwargs["inputs_embeds"], mask, cache, positions, None, set(kinds))
 
 
 def _candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Transformers' own candidate generator; the cache learns how many candidates may be taken back at once."""
-    generator = type(model)._get_candidate_generator(model, *args, **kwargs)
-    cache = kwargs.get("model_kwargs", {}).get("past_key_values")
+    return _expected(type(model)._get_candidate_generator(model, *args, **kwargs), kwargs)
+
+
+def _expected(generator: Any, arguments: dict[str, Any]) -> Any:
+    cache = arguments.get("model_kwargs", {}).get(CACHE)
     if isinstance(cache, Cache):
         counts = (getattr(generator, name, 0) for name in ("num_assistant_tokens", "num_output_tokens"))
         _set_recording(cache, max(int(count or 0) for count in counts), grows=True)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from .packing import Packing, find_packing, packing_arguments
 from .shapes import CacheSpec
-from .upgrade import seen_tokens, upgrade
+from .upgrade import new_cache, seen_tokens, upgrade
 from .versions import (
+    CACHE,
+    cache_argument,
     capture_outputs,
     create_causal_mask,
     create_recurrent_attention_mask,
@@ -36,6 +38,76 @@ class HostBinding:
     had_entry: bool = False
 
 
+@dataclass
+class Prepared:
+    """What the decoder layers of a base model are called with, once cache, packing and masks are settled.
+
+    hidden_states: the embeddings [B, T, hidden]. masks: by kind of layer. cache: with recurrent layers, or None.
+    arguments: the caller's other ones, with `seq_idx` and `cu_seq_lens_q` where sequences are packed.
+    """
+
+    hidden_states: Tensor
+    position_ids: Tensor
+    masks: dict[str, Any]
+    cache: Any
+    arguments: dict[str, Any]
+
+
+def prepare(
+    base: Any,
+    layer_types: list[str],
+    embed: Callable[[Tensor], Tensor],
+    input_ids: Tensor | None,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    cache: Any,
+    inputs_embeds: Tensor | None,
+    use_cache: bool | None,
+    arguments: dict[str, Any],
+) -> Prepared:
+    """The first half of a base model's forward, whatever its family: embeddings, cache, packing, positions, masks.
+
+    base: has `config` and the binding `_leet`, whose spec says which layers are recurrent. layer_types: LINEAR or
+    SOFTMAX for each layer that runs (fewer than the spec has: early exit). Raises ValueError for a cache of another kind, model
+    or batch, and for packed sequences that can not be told apart; nothing is changed then.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("input_ids and inputs_embeds: exactly one of them must be given")
+    if inputs_embeds is None:
+        assert input_ids is not None
+        inputs_embeds = embed(input_ids)
+    batch, tokens = inputs_embeds.shape[:2]
+    spec = base._leet.spec
+    if cache is None and use_cache:
+        cache = new_cache(base.config)
+    if cache is not None:
+        upgrade(cache, spec, len(layer_types))
+        _check_rows(cache, batch)
+    has_past = cache is not None and seen_tokens(cache, spec)
+
+    packing, attention_mask = _packing(
+        attention_mask, position_ids, arguments, batch, tokens, cache, has_past, layer_types
+    )
+    if position_ids is None:
+        if packing is not None:
+            position_ids = packing.positions
+        else:
+            start = cache.get_seq_length() if cache is not None else 0
+            position_ids = (torch.arange(tokens, device=inputs_embeds.device) + start)[None]
+    if packing is not None:
+        arguments["seq_idx"] = packing.seq_idx
+    if getattr(base.config, "output_attentions", False):
+        arguments.setdefault("output_attentions", True)
+
+    if isinstance(attention_mask, dict):
+        masks = attention_mask
+    else:
+        masks = masks_by_kind(
+            base.config, inputs_embeds, attention_mask, cache, position_ids, packing, set(layer_types)
+        )
+    return Prepared(inputs_embeds, position_ids, masks, cache, arguments)
+
+
 @merge_with_config_defaults
 @capture_outputs
 def decoder_forward(
@@ -46,60 +118,34 @@ def decoder_forward(
     past_key_values: Any = None,
     inputs_embeds: Tensor | None = None,
     use_cache: bool | None = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> MoeModelOutputWithPast:
     """What `MiniMaxModel.forward` does, with a DynamicCache or StaticCache, and with packed sequences.
 
     The two decorators are transformers' own: they give `use_cache` its default and record hidden states, attentions and
-    router logits as on the stock model. Raises ValueError for a cache of another kind, model or batch, and for packed
-    sequences that can not be told apart; nothing is changed then.
+    router logits as on the stock model. `past_key_values` and `cache` are the names of older and newer versions of
+    transformers for one argument. Raises ValueError as `prepare`; nothing is changed then.
     """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("input_ids and inputs_embeds: exactly one of them must be given")
-    if inputs_embeds is None:
-        inputs_embeds = self.embed_tokens(input_ids)
-    batch, tokens = inputs_embeds.shape[:2]
     layer_types = self.config.layer_types[: self.config.num_hidden_layers]
-
-    past = past_key_values
-    spec = self._leet.spec
-    if past is None and use_cache:
-        past = DynamicCache(config=self.config)
-    if past is not None:
-        upgrade(past, spec, len(layer_types))
-        _check_rows(past, batch)
-    has_past = past is not None and seen_tokens(past, spec)
-
-    packing, attention_mask = _packing(attention_mask, position_ids, kwargs, batch, tokens, past, has_past, layer_types)
-    if position_ids is None:
-        if packing is not None:
-            position_ids = packing.positions
-        else:
-            start = past.get_seq_length() if past is not None else 0
-            position_ids = (torch.arange(tokens, device=inputs_embeds.device) + start)[None]
-    if packing is not None:
-        kwargs["seq_idx"] = packing.seq_idx
-    if getattr(self.config, "output_attentions", False):
-        kwargs.setdefault("output_attentions", True)
-
-    if isinstance(attention_mask, dict):
-        masks = attention_mask
-    else:
-        masks = _masks(self.config, inputs_embeds, attention_mask, past, position_ids, packing, set(layer_types))
-
-    hidden_states = inputs_embeds
-    position_embeddings = self.rotary_emb(hidden_states, position_ids)
+    past = cache_argument(past_key_values, cache)
+    ready = prepare(
+        self, layer_types, self.embed_tokens, input_ids, attention_mask, position_ids, past, inputs_embeds,
+        use_cache, kwargs,
+    )  # fmt: skip
+    hidden_states = ready.hidden_states
+    position_embeddings = self.rotary_emb(hidden_states, ready.position_ids)
     for layer, kind in zip(self.layers, layer_types, strict=False):  # fewer kinds than layers: early exit
         hidden_states = layer(
             hidden_states,
-            attention_mask=masks[kind],
+            attention_mask=ready.masks[kind],
             position_embeddings=position_embeddings,
-            position_ids=position_ids,
-            past_key_values=past,
+            position_ids=ready.position_ids,
             use_cache=use_cache,
-            **kwargs,
+            **{CACHE: ready.cache},
+            **ready.arguments,
         )
-    return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past)
+    return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: ready.cache})
 
 
 def _check_rows(cache: Any, batch: int) -> None:
@@ -107,7 +153,7 @@ def _check_rows(cache: Any, batch: int) -> None:
     held = next((layer.batch_size for layer in cache.layers if hasattr(layer, "batch_size")), batch)
     if held != batch:
         raise ValueError(
-            f"past_key_values holds {held} rows but the input has {batch}: use cache.batch_select_indices or "
+            f"{CACHE} holds {held} rows but the input has {batch}: use cache.batch_select_indices or "
             "cache.batch_repeat_interleave, or start from an empty cache"
         )
 
@@ -126,7 +172,7 @@ def _packing(
         return None, mask
     if has_past:
         raise ValueError(
-            "packed sequences were given with past_key_values that hold tokens: give the cache one sequence per row"
+            f"packed sequences were given with {CACHE} that holds tokens: give the cache one sequence per row"
         )
     if static:
         raise ValueError("packed sequences were given with a StaticCache: use a DynamicCache, or use_cache=False")
@@ -137,8 +183,8 @@ def _packing(
     return packing, mask
 
 
-def _masks(
-    config: Any, embeds: Tensor, mask: Any, cache: Any, position_ids: Tensor, packing: Packing | None,
+def masks_by_kind(
+    config: Any, embeds: Tensor, mask: Any, cache: Any, position_ids: Tensor | None, packing: Packing | None,
     kinds: set[str],
 ) -> dict[str, Any]:  # fmt: skip
     """Masks by kind of layer: 4-D (or what the attention function takes) for softmax, 2-D or None for linear."""
@@ -146,12 +192,12 @@ def _masks(
         "config": config,
         "inputs_embeds": embeds,
         "attention_mask": mask,
-        "past_key_values": cache,
+        CACHE: cache,
         "position_ids": position_ids,
     }
     if packing is not None:
         # Transformers looks for packing in the positions, and only without a cache; ours is empty here.
-        arguments |= {"past_key_values": None, "position_ids": packing.positions}
+        arguments |= {CACHE: None, "position_ids": packing.positions}
     masks = {}
     if SOFTMAX in kinds:
         sliding = getattr(config, "sliding_window", None) is not None

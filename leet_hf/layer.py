@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .attend import attend
 from .cache import RecurrentLayer
+from .versions import CACHE, cache_argument
 
 if TYPE_CHECKING:
     from .adapters.base import Adapter, Decay
@@ -54,16 +55,19 @@ def layer_forward(
     position_embeddings: Any = None,
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Replaces the forward of a recurrent layer.
 
-    hidden_states [B, T, hidden]; attention_mask None or [B, T], 0 at pads; past_key_values None or a cache with
-    recurrent layers. Returns the output [B, T, hidden] and, if attentions are asked for, the state [B, H, K, V] (what
-    the stock layer returns there). Raises ValueError for a cache without recurrent layers.
+    hidden_states [B, T, hidden]; attention_mask None or [B, T], 0 at pads; past_key_values or cache (the names of
+    older and newer versions of transformers) None or a cache with recurrent layers. Returns the output [B, T, hidden]
+    and, if attentions are asked for, the state [B, H, K, V] (what the stock layer returns there). Raises ValueError for
+    a cache without recurrent layers.
     """
     binding: LayerBinding = self._leet  # type: ignore[assignment]
     adapter = binding.adapter
+    past = cache_argument(past_key_values, cache)
     q, k, v, log_decay, rest = adapter.project(self, hidden_states, position_embeddings)
     o, state = attend(
         q, k, v, binding.log_decay(q) if log_decay is None else log_decay,
@@ -72,7 +76,7 @@ def layer_forward(
         mask=attention_mask,
         seq_idx=kwargs.get("seq_idx"),
         cu_seqlens=kwargs.get("cu_seq_lens_q"),
-        layer=None if past_key_values is None else _own_layer(past_key_values, binding.index),
+        layer=None if past is None else _own_layer(past, binding.index),
         return_state=bool(kwargs.get("output_attentions")),
     )  # fmt: skip
     return adapter.finish(self, o, hidden_states, rest), state
@@ -83,7 +87,7 @@ def _own_layer(cache: Any, index: int) -> RecurrentLayer:
     layer = layers[index] if index < len(layers) else None
     if not isinstance(layer, RecurrentLayer):
         raise ValueError(
-            f"past_key_values has a {type(layer).__name__} at layer {index}, must be a RecurrentLayer: call the whole "
+            f"{CACHE} has a {type(layer).__name__} at layer {index}, must be a RecurrentLayer: call the whole "
             "model, or leet_hf.upgrade_cache(cache, model) first"
         )
     return layer

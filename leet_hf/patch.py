@@ -11,9 +11,9 @@ from torch import nn
 from leet_linear_attention import available_methods
 
 from .adapters import Adapter, adapters
-from .generation import GenerationBinding, install_generation, restore_generation
+from .generation import GenerationBinding, RecurrentGeneration, install_generation, restore_generation
 from .host import HostBinding
-from .layer import LayerBinding, layer_forward
+from .layer import LayerBinding
 from .report import LayerReport, PatchReport
 from .slots import foreign_forward, has_entry, install_forward, meta_tensor, restore_forward
 
@@ -39,7 +39,7 @@ def patch_model(model: Model, *, method: str = "auto") -> Model:
 
     Replaces the forward of the recognised layers and of their base model on this instance alone, and lets its
     generate() use standard caches. Parameters, buffers, config, class and everything `save_pretrained` writes stay as
-    they are. Patching a patched model again only sets `method`.
+    they are. Patching a patched model, or one of `leet_hf`'s own (RetNet), only sets `method`.
 
     Args:
         model: a live model, or one that contains it (PEFT, say); before or after `.to()`, with or without device_map.
@@ -69,12 +69,16 @@ def patch_model(model: Model, *, method: str = "auto") -> Model:
 
 
 def unpatch_model(model: Model) -> Model:
-    """Put back everything `patch_model` replaced: the stock model, exactly. Nothing happens to one not patched."""
+    """Put back everything `patch_model` replaced: the stock model, exactly. Nothing happens to one not patched.
+
+    Nor to one of `leet_hf`'s own models, which is right without patching.
+    """
     for module in model.modules():
         binding = module.__dict__.get("_leet")
         if isinstance(binding, LayerBinding | HostBinding):
-            _restore(module)
-        elif isinstance(binding, GenerationBinding):
+            if not _is_native(binding):
+                _restore(module)
+        elif isinstance(binding, GenerationBinding) and not isinstance(module, RecurrentGeneration):
             restore_generation(module)
     return model
 
@@ -88,6 +92,8 @@ def patch_report(model: nn.Module) -> PatchReport:
     for host in _plan(model, "auto"):
         patched = _is_patched(host.module)
         state = "patched: standard caches, packing" if patched else "not patched: call patch_model(model)"
+        if _is_native(host.binding):
+            state = "native: right as it is, nothing to patch"
         lines.append(f"{host.name or 'model'} ({type(host.module).__name__}): {state}")
         recurrent = {id(module): binding for _, module, binding in host.layers}
         for index, (path, attention) in enumerate(host.binding.adapter.attentions(host.module)):
@@ -111,7 +117,12 @@ def _plan(model: nn.Module, method: str) -> list[_Host]:
         raise TypeError(f"model is a {type(model).__name__}, must be a torch.nn.Module")
     hosts = []
     for name, module in model.named_modules():
-        adapter = next((a for a in adapters() if a.owns_base(module)), None)
+        known = module.__dict__.get("_leet")
+        adapter = (
+            known.adapter
+            if isinstance(known, HostBinding)
+            else next((a for a in adapters() if a.owns_base(module)), None)
+        )
         if adapter is not None:
             host = _plan_host(name, module, adapter, method)
             if host is not None:
@@ -122,37 +133,39 @@ def _plan(model: nn.Module, method: str) -> list[_Host]:
 
 
 def _plan_host(name: str, base: nn.Module, adapter: Adapter, method: str) -> _Host | None:
-    layers = []
-    for path, module in base.named_modules(prefix=name):
-        if adapter.owns_layer(module):
-            binding = module.__dict__.get("_leet") or _plan_layer(path, module, adapter, method)
-            layers.append((path, module, binding))
-    host: HostBinding | None = base.__dict__.get("_leet")
-    if not layers:
+    found = [(path, module) for path, module in base.named_modules(prefix=name) if adapter.owns_layer(module)]
+    if not found:
         return None
-    if host is None:
-        _check_module(name or "model", base, adapter.base_misfit(base))
-        places = {id(attention): place for place, (_, attention) in enumerate(adapter.attentions(base))}
-        for path, module, planned in layers:
-            if places.get(id(module)) != planned.index:
-                raise UnsupportedModelError(
-                    f"{path} says it is layer {planned.index} but is layer {places.get(id(module))}: number the layers "
-                    "in their order, as caches do"
-                )
-        host = HostBinding(adapter, adapter.cache_spec(base))
-    return _Host(name, base, host, layers)
+    host: HostBinding | None = base.__dict__.get("_leet")
+    if host is not None and all("_leet" in module.__dict__ for _, module in found):
+        return _Host(name, base, host, [(path, module, module.__dict__["_leet"]) for path, module in found])
+    for path, module in found:
+        _check_module(path, module, adapter.misfit(module))
+    _check_module(name or "model", base, adapter.base_misfit(base))
+    places = {id(attention): place for place, (_, attention) in enumerate(adapter.attentions(base))}
+    layers = []
+    for path, module in found:
+        place, index = places.get(id(module)), adapter.index(module)
+        if place is None or index not in (None, place):
+            raise UnsupportedModelError(
+                f"{path} says it is layer {index} but is layer {place}: number the layers in their order, as caches do"
+            )
+        binding = module.__dict__.get("_leet") or _plan_layer(path, module, base, place, adapter, method)
+        layers.append((path, module, binding))
+    return _Host(name, base, host or HostBinding(adapter, adapter.cache_spec(base)), layers)
 
 
-def _plan_layer(path: str, layer: nn.Module, adapter: Adapter, method: str) -> LayerBinding:
-    _check_module(path, layer, adapter.misfit(layer))
+def _plan_layer(
+    path: str, layer: nn.Module, base: nn.Module, index: int, adapter: Adapter, method: str
+) -> LayerBinding:
     lacking = meta_tensor(layer)
     if lacking is not None:
         raise UnsupportedModelError(f"{path}.{lacking} is on the meta device: load the weights first, then patch")
     try:
-        decay = adapter.decay(layer)
+        decay = adapter.decay_within(base, layer)
     except ValueError as error:
         raise UnsupportedModelError(f"{path}: {error}") from error
-    return LayerBinding(adapter, adapter.index(layer), decay, method)
+    return LayerBinding(adapter, index, decay, method)
 
 
 def _check_module(path: str, module: nn.Module, misfit: str | None) -> None:
@@ -191,7 +204,7 @@ def _apply(host: _Host, model: nn.Module, undo: list[Callable[[], None]]) -> Non
     for _, module, binding in host.layers:
         if not _is_patched(module):
             undo.append(lambda module=module: _restore(module))  # type: ignore[misc]
-            _install(module, layer_forward, binding)
+            _install(module, adapter.layer_forward, binding)
             weight = _weight(module)
             if weight is not None and weight.device.type != "meta":
                 binding.log_decay(weight)  # made now, so that a graph traced before the first forward finds it
@@ -203,7 +216,7 @@ def _apply(host: _Host, model: nn.Module, undo: list[Callable[[], None]]) -> Non
         generates = hasattr(type(module), "_prepare_cache_for_generation")
         if generates and getattr(module, "base_model", None) is base and not _is_patched(module):
             undo.append(lambda module=module: restore_generation(module))  # type: ignore[misc]
-            install_generation(module, host.binding.spec)
+            install_generation(module, host.binding)
 
 
 def _install(module: nn.Module, function: Callable[..., object], binding: LayerBinding | HostBinding) -> None:
@@ -215,8 +228,14 @@ def _install(module: nn.Module, function: Callable[..., object], binding: LayerB
 def _restore(module: nn.Module) -> None:
     binding = module.__dict__.pop("_leet", None)
     if binding is not None:
-        function = layer_forward if isinstance(binding, LayerBinding) else binding.adapter.base_forward
+        adapter = binding.adapter
+        function = adapter.layer_forward if isinstance(binding, LayerBinding) else adapter.base_forward
         restore_forward(module, function, binding.had_entry)
+
+
+def _is_native(binding: LayerBinding | HostBinding) -> bool:
+    """Whether a module has had its binding since it was made, with a forward of its own."""
+    return getattr(binding.adapter, "native", False)
 
 
 def _is_patched(module: nn.Module) -> bool:

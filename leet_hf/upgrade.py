@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
+    DynamicCache,
     EncoderDecoderCache,
     LinearAttentionCacheLayerMixin,
     StaticCache,
@@ -16,8 +19,9 @@ from transformers.cache_utils import (
 from .cache import RecurrentLayer
 from .shapes import CacheSpec, RecurrentShape, SoftmaxShape
 from .static_cache import StaticRecurrentLayer
+from .versions import CACHE
 
-START_ANEW = "pass no past_key_values, or a fresh DynamicCache(config=model.config)"
+START_ANEW = f"pass no {CACHE}, or a fresh DynamicCache(config=model.config)"
 
 
 def upgrade(cache: Any, spec: CacheSpec, layers_used: int | None = None) -> None:
@@ -45,6 +49,24 @@ def upgrade(cache: Any, spec: CacheSpec, layers_used: int | None = None) -> None
         # Offloading fetches the next softmax layer during the use of this one. A lone layer is its own next: it would
         # be read while it is still being copied, so it stays on the device.
         cache.offloading = False
+
+
+@contextmanager
+def layers_counted(config: Any, layers: int) -> Iterator[None]:
+    """A config that says how many layers there are by transformers' name, which that of some remote code does not."""
+    if hasattr(config, "num_hidden_layers"):
+        yield
+        return
+    config.num_hidden_layers = layers
+    try:
+        yield
+    finally:
+        del config.num_hidden_layers
+
+
+def new_cache(config: Any) -> DynamicCache:
+    """An empty DynamicCache for a model, also where its config does not count its layers by transformers' name."""
+    return DynamicCache(config=config) if hasattr(config, "num_hidden_layers") else DynamicCache()
 
 
 def seen_tokens(cache: Any, spec: CacheSpec) -> bool:
@@ -140,4 +162,4 @@ def _max_length(layers: list[Any]) -> int | None:
 
 
 def _refuse(reason: str) -> NoReturn:
-    raise ValueError(f"past_key_values {reason}: {START_ANEW}")
+    raise ValueError(f"{CACHE} {reason}: {START_ANEW}")

@@ -14,6 +14,7 @@ from leet_hf.modes.assisting import DRAFTING
 from leet_hf.modes.batching import pack
 from leet_hf.modes.continuing import static_cache
 from leet_hf.modes.helpers import decode, generate, perturbed
+from leet_hf.versions import CACHE, cache_of
 
 CHUNKS_FROM_A_CACHE = Version(transformers.__version__) >= Version("5.21")
 RESETS = next(mode for mode in modes() if mode.name == "reset")
@@ -70,7 +71,7 @@ def _second_turn(model: Any, prompts: list[list[int]], **options: Any) -> Answer
     pads = torch.stack([torch.tensor([0] * (width - len(turn)) + [1] * len(turn)) for turn in turns])
     new = torch.stack([torch.tensor([0] * (width - len(turn)) + turn) for turn in turns])
     inputs = {"input_ids": torch.cat([ids, new], 1), "attention_mask": torch.cat([mask, pads], 1)}
-    inputs["past_key_values"] = output.past_key_values
+    inputs[CACHE] = cache_of(output)
     options |= {"return_dict_in_generate": True, "output_logits": True}
     output = model.generate(**inputs, max_new_tokens=12, do_sample=False, **options)
     logits = torch.stack(output.logits, 1)
@@ -92,7 +93,7 @@ def _after_assisted(model: Any, prompts: list[list[int]]) -> Answer:
     draft.generation_config.update(**DRAFTING)
     (row,), output = generate(model, prompts[:1], 12, assistant_model=draft)
     for turn in prompts[1:]:
-        (row,), output = generate(model, [row.tokens + turn], 12, past_key_values=output.past_key_values)
+        (row,), output = generate(model, [row.tokens + turn], 12, cache=cache_of(output))
     return Answer([row])
 
 
@@ -118,7 +119,7 @@ def decode_after_packing(model: Any, prompts: list[list[int]]) -> Answer:
         for _ in range(20):
             tokens.append(int(logits[-1][-1].argmax()))
             step = {"input_ids": torch.tensor([tokens[-1:]]), "position_ids": torch.tensor([[len(tokens) - 1]])}
-            output = model(**step, past_key_values=output.past_key_values, use_cache=True)
+            output = model(**step, **{CACHE: cache_of(output)}, use_cache=True)
             logits.append(output.logits[0])
     return Answer([Row(tokens, 0, torch.cat(logits).float())])
 

@@ -21,6 +21,7 @@ from leet_hf import (
 )
 from leet_hf.adapters import Adapter, Decay, Projected, RecurrentShape, adapters
 from leet_hf.host import decoder_forward
+from leet_hf.versions import CACHE, cache_of
 from patching import IDS, outputs, same
 
 
@@ -88,8 +89,8 @@ def test_an_adapter_from_outside(gated: Adapter) -> None:
     assert [(layer.adapter, layer.decay, layer.status) for layer in report] == [("gated", "per token", "patched")]
     want = outputs(model)
     with torch.no_grad():
-        cache = model(IDS[:, :18], use_cache=True).past_key_values
-        same(model(IDS[:, 18:], past_key_values=cache).last_hidden_state, want[:, 18:])
+        cache = cache_of(model(IDS[:, :18], use_cache=True))
+        same(model(IDS[:, 18:], **{CACHE: cache}).last_hidden_state, want[:, 18:])
     assert not torch.allclose(want, outputs(unpatch_and_repatch_shifted(model)))
 
 

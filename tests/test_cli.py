@@ -17,6 +17,7 @@ from corpus import train_tokenizer
 from leet_hf import adapters, demo
 from leet_hf.cli import app
 from leet_hf.modes import modes
+from leet_hf.versions import cache_of
 
 
 def invoke(*arguments: str, width: int = 100) -> Result:
@@ -93,7 +94,7 @@ def test_streamed_text_is_broken_between_words() -> None:
 def test_cache_bytes_counts_every_tensor_once() -> None:
     model: Any = tiny.model()
     with torch.no_grad():
-        cache = model(input_ids=torch.zeros(1, 7, dtype=torch.int64), use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=torch.zeros(1, 7, dtype=torch.int64), use_cache=True))
     states = sum(state.nbytes for state in cache.linear_cache if len(state))
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
     assert states > 0 and kept > 0

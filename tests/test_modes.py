@@ -19,6 +19,7 @@ from leet_hf.modes.assisting import softmax_model
 from leet_hf.modes.base import compare
 from leet_hf.modes.helpers import joined
 from leet_hf.modes.truth import relative_error
+from leet_hf.versions import CACHE, cache_of
 
 MODES = {mode.name: mode for mode in modes()}
 SHORT = {mode.name: mode for mode in modes(long=256)}
@@ -63,7 +64,7 @@ def test_bfloat16_state_after_2048_tokens_is_that_of_the_float32_model() -> None
     tokens = joined(tiny.prompts((1000, 600, 448)))
     cache, patched = None, patch_model(copy.deepcopy(stock).bfloat16())
     for token in tokens:
-        cache = patched(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True).past_key_values
+        cache = cache_of(patched(input_ids=torch.tensor([[token]]), **{CACHE: cache}, use_cache=True))
     stock.set_attn_implementation("eager")  # sdpa would return no attentions
     states = stock(input_ids=torch.tensor([tokens]), use_cache=False, output_attentions=True).attentions
     for layer in range(3):

@@ -22,6 +22,7 @@ from leet_hf import (
     patch_report,
     unpatch_model,
 )
+from leet_hf.versions import cache_of
 from patching import IDS, KINDS, lightning, outputs, refused, same, skip_unless_stock_pickles, snapshot
 
 
@@ -126,7 +127,7 @@ def test_decays_stay_float32(dtype: torch.dtype, when: str) -> None:
         assert log_decay.dtype == torch.float32 and torch.equal(log_decay, want)
     assert all(layer.decay.startswith("formula") for layer in patch_report(model).layers)
     output = model(IDS, use_cache=True)
-    assert output.past_key_values.layers[0].recurrent_states[0].dtype == torch.float32
+    assert cache_of(output).layers[0].recurrent_states[0].dtype == torch.float32
 
 
 def test_slopes_that_are_not_the_formula_are_kept() -> None:

@@ -18,13 +18,14 @@ from leet_hf import (
     upgrade_cache,
 )
 from leet_hf.modes.helpers import perturbed
+from leet_hf.versions import CACHE, cache_of
 from patching import IDS, lightning, outputs, same, skip_unless_stock_pickles
 
 
 def test_the_state_is_recorded_as_attention_while_decoding() -> None:
     model = patch_model(tiny.model("all-linear"))
-    cache = model(IDS, use_cache=True).past_key_values
-    output = model(IDS[:, :1], past_key_values=cache, output_attentions=True, output_hidden_states=True)
+    cache = cache_of(model(IDS, use_cache=True))
+    output = model(IDS[:, :1], **{CACHE: cache}, output_attentions=True, output_hidden_states=True)
     assert len(output.hidden_states) == 5
     for i, state in enumerate(output.attentions):
         assert torch.equal(state, cache.layers[i].recurrent_states[0])
@@ -82,20 +83,20 @@ def test_bad_arguments_of_forward(layout: str, name: str) -> None:
     arguments, message = BAD_FORWARDS[name]
     model, cache = patch_model(tiny.model(layout)), DynamicCache(config=tiny.config(layout))
     with pytest.raises(ValueError, match=message):
-        model(**{"input_ids": IDS, "past_key_values": cache} | arguments)
+        model(**{"input_ids": IDS, CACHE: cache} | arguments)
     assert upgrade_cache(cache, model).get_seq_length() == 0
 
 
 def test_packing_and_a_past_do_not_mix() -> None:
     for layout in tiny.LAYOUTS:
         model = patch_model(tiny.model(layout))
-        cache = model(IDS, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="packed sequences were given with past_key_values that hold tokens"):
-            model(IDS[:, :4], past_key_values=cache, cu_seq_lens_q=torch.tensor([0, 2, 4]))
+        cache = cache_of(model(IDS, use_cache=True))
+        with pytest.raises(ValueError, match=f"packed sequences were given with {CACHE} that holds tokens"):
+            model(IDS[:, :4], **{CACHE: cache}, cu_seq_lens_q=torch.tensor([0, 2, 4]))
         assert {layer.get_seq_length() for layer in cache.layers} == {21}
     static = StaticCache(tiny.config(), max_cache_len=40)
     with pytest.raises(ValueError, match="packed sequences were given with a StaticCache"):
-        patch_model(tiny.model())(IDS, past_key_values=static, seq_idx=torch.arange(21)[None] // 9)
+        patch_model(tiny.model())(IDS, **{CACHE: static}, seq_idx=torch.arange(21)[None] // 9)
 
 
 def test_a_mask_of_ones_with_packed_sequences_is_no_padding() -> None:
@@ -125,9 +126,9 @@ def test_a_layer_called_with_a_cache_it_can_not_use() -> None:
 def test_inference_mode(layout: str, first: Any, second: Any) -> None:
     model, want = patch_model(tiny.model(layout)), outputs(tiny.model(layout))
     with first():
-        cache = model(IDS[:, :18], use_cache=True).past_key_values
+        cache = cache_of(model(IDS[:, :18], use_cache=True))
     with second():
-        got = [model(IDS[:, i : i + 1], past_key_values=cache).logits for i in range(18, 21)]
+        got = [model(IDS[:, i : i + 1], **{CACHE: cache}).logits for i in range(18, 21)]
     same(torch.cat(got, 1), want[:, 18:])
 
 
@@ -137,11 +138,11 @@ def test_autocast_keeps_states_in_float32(layout: str) -> None:
     model = patch_model(tiny.model(layout))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         whole = model(IDS, use_cache=True)
-        cache = model(IDS[:, :18], use_cache=True).past_key_values
+        cache = cache_of(model(IDS[:, :18], use_cache=True))
         for i in range(18, 21):
-            output = model(IDS[:, i : i + 1], past_key_values=cache)
+            output = model(IDS[:, i : i + 1], **{CACHE: cache})
         first = model.config.layer_types.index(tiny.LINEAR)
-        state, want = (c.layers[first].recurrent_states[0] for c in (cache, whole.past_key_values))
+        state, want = (c.layers[first].recurrent_states[0] for c in (cache, cache_of(whole)))
     assert cache.layers[first].state.keys.dtype == torch.bfloat16
     assert state.dtype == torch.float32
     assert first > 0 or torch.allclose(state, want, rtol=1e-4, atol=1e-5)
@@ -154,8 +155,8 @@ def test_gradients_through_the_cache() -> None:
     embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
     model(inputs_embeds=embeds, use_cache=False).logits[:, -1].square().sum().backward()
     want, embeds.grad = embeds.grad, None
-    cache = model(inputs_embeds=embeds[:, :18], use_cache=True).past_key_values
-    model(inputs_embeds=embeds[:, 18:], past_key_values=cache).logits[:, -1].square().sum().backward()
+    cache = cache_of(model(inputs_embeds=embeds[:, :18], use_cache=True))
+    model(inputs_embeds=embeds[:, 18:], **{CACHE: cache}).logits[:, -1].square().sum().backward()
     assert want is not None and embeds.grad is not None
     same(embeds.grad, want)
 

@@ -16,6 +16,7 @@ from leet_hf import patch_model, upgrade_cache
 from leet_hf.cache import RecurrentLayer
 from leet_hf.static_cache import StaticRecurrentLayer
 from leet_hf.upgrade import upgrade
+from leet_hf.versions import CACHE, cache_of
 
 
 @pytest.mark.parametrize("layout", tiny.LAYOUTS)
@@ -62,7 +63,7 @@ def test_a_static_cache_allocated_early_is_upgraded_so() -> None:
 def used(layout: str, **changes: Any) -> DynamicCache:
     """A cache of four tokens of another model."""
     model = patch_model(tiny.model(layout, **changes))
-    return model(torch.arange(4)[None], use_cache=True).past_key_values
+    return cache_of(model(torch.arange(4)[None], use_cache=True))
 
 
 def contents(layers: list[Any]) -> list[Any]:
@@ -96,8 +97,8 @@ def test_a_cache_of_another_model_is_refused_and_left_alone(name: str) -> None:
     cache = make()
     layers = list(getattr(cache, "layers", ()))
     before = copy.deepcopy(contents(layers))
-    with pytest.raises(ValueError, match=f"(?s)past_key_values .*{message}.*: pass no past_key_values"):
-        model(torch.arange(4)[None], past_key_values=cache)
+    with pytest.raises(ValueError, match=f"(?s){CACHE} .*{message}.*: pass no {CACHE}"):
+        model(torch.arange(4)[None], **{CACHE: cache})
     if layers:
         assert all(a is b for a, b in zip(cache.layers, layers, strict=True))
         torch.testing.assert_close(contents(layers), before)
@@ -106,10 +107,10 @@ def test_a_cache_of_another_model_is_refused_and_left_alone(name: str) -> None:
 def test_a_cache_of_another_batch_is_refused_and_left_alone() -> None:
     for layout in tiny.LAYOUTS:
         model = patch_model(tiny.model(layout))
-        cache = model(torch.arange(4)[None], use_cache=True).past_key_values
+        cache = cache_of(model(torch.arange(4)[None], use_cache=True))
         for _ in range(2):
-            with pytest.raises(ValueError, match="past_key_values holds 1 rows but the input has 2: use"):
-                model(torch.arange(8).view(2, 4), past_key_values=cache)
+            with pytest.raises(ValueError, match=f"{CACHE} holds 1 rows but the input has 2: use"):
+                model(torch.arange(8).view(2, 4), **{CACHE: cache})
         assert [layer.get_seq_length() for layer in cache.layers] == [4] * 4
 
 
@@ -126,7 +127,7 @@ def test_layers_that_have_seen_other_tokens_are_refused() -> None:
     cache = DynamicCache(config=tiny.config("softmax-first"))
     cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0)
     with pytest.raises(ValueError, match=r"layers hold \[0, 3\] tokens"):
-        patch_model(tiny.model("softmax-first"))(torch.arange(4)[None], past_key_values=cache)
+        patch_model(tiny.model("softmax-first"))(torch.arange(4)[None], **{CACHE: cache})
 
 
 @pytest.mark.parametrize(("layout", "stays_offloading"), [("linear-first", False), ("softmax-first", True)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..shapes import CacheSpec, RecurrentShape, SoftmaxShape
+from .bailing import BailingAdapter
 from .base import Adapter, Decay, Projected
 from .minimax import MiniMaxAdapter
 
@@ -44,3 +45,4 @@ def register_adapter(adapter: Adapter) -> Adapter:
 
 
 register_adapter(MiniMaxAdapter())
+register_adapter(BailingAdapter())

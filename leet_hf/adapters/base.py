@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..layer import layer_forward
 from ..shapes import CacheSpec, RecurrentShape, SoftmaxShape
 
 
@@ -42,7 +43,10 @@ class Adapter(ABC):
 
     name: of the family, as in the report. layer_class, base_class: class names of the recurrent module and of the base
     model that owns it (names, so that no remote code has to be imported). base_forward: replaces the base model's
-    forward; it makes the masks and hands standard caches to the layers. decay_formula: in words, for people.
+    forward; it makes the masks and hands standard caches to the layers. layer_forward: replaces the recurrent layer's
+    forward; a family whose decoder layers call theirs in another way wraps the common one. decay_formula: in words, for
+    people. head_methods: by name, what replaces methods of a model that generates, where its own know nothing of
+    standard caches.
     """
 
     name: str
@@ -50,6 +54,8 @@ class Adapter(ABC):
     base_class: str
     decay_formula: str
     base_forward: Callable[..., Any]
+    layer_forward: Callable[..., Any] = staticmethod(layer_forward)
+    head_methods: Mapping[str, Callable[..., Any]] = {}
 
     def owns_layer(self, module: nn.Module) -> bool:
         """Whether a module is, by its class, a recurrent layer of this family."""
@@ -68,8 +74,8 @@ class Adapter(ABC):
         """As `misfit`, for the base model."""
 
     @abstractmethod
-    def index(self, layer: nn.Module) -> int:
-        """The layer's place among the decoder layers, which is its place in the cache."""
+    def index(self, layer: nn.Module) -> int | None:
+        """The layer's place among the decoder layers, which is its place in the cache; None if it does not say."""
 
     @abstractmethod
     def shape(self, attention: nn.Module) -> RecurrentShape | SoftmaxShape:
@@ -86,6 +92,13 @@ class Adapter(ABC):
     @abstractmethod
     def decay(self, layer: nn.Module) -> Decay | None:
         """The layer's fixed decays, or None if `project` gives them per token."""
+
+    def decay_within(self, base: nn.Module, layer: nn.Module) -> Decay | None:
+        """As `decay`, where the base model has a say: it holds the decays, or knows how many layers there are.
+
+        Raises ValueError, as `decay`, for decays that can not be served.
+        """
+        return self.decay(layer)
 
     @abstractmethod
     def scale(self, layer: nn.Module) -> float:

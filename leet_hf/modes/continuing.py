@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from ..versions import CACHE, cache_of
 from .base import Answer, Expected, Mode, ModeError, Row
 from .helpers import decode, equal_lengths, generate, joined
 from .truth import Prompts, Truth
@@ -55,7 +56,7 @@ def _chat(model: Any, prompts: Prompts, new: int) -> Answer:
     """Two more turns after the first answer, each with the whole conversation and the cache of the turn before."""
     (row,), output = generate(model, [prompts[0]], new)
     for turn in prompts[1:3]:
-        (row,), output = generate(model, [row.tokens + turn], new, past_key_values=output.past_key_values)
+        (row,), output = generate(model, [row.tokens + turn], new, cache=cache_of(output))
     return Answer([row])
 
 
@@ -75,22 +76,22 @@ def _pieces(model: Any, prompts: Prompts, pieces: tuple[int, ...]) -> Answer:
     cache, start = None, 0
     while start < len(tokens):
         length = pieces[len(logits)] if len(logits) < len(pieces) else 1
-        output = model(input_ids=ids[:, start : start + length], past_key_values=cache, use_cache=True)
-        cache, start = output.past_key_values, start + length
+        output = model(input_ids=ids[:, start : start + length], **{CACHE: cache}, use_cache=True)
+        cache, start = cache_of(output), start + length
         logits.append(output.logits[0].float().cpu())
     return Answer([Row(tokens, 0, torch.cat(logits))])
 
 
 def _static(model: Any, prompts: Prompts, new: int) -> Answer:
     rows, output = generate(model, prompts[:1], new, cache_implementation="static", disable_compile=True)
-    if not isinstance(output.past_key_values, StaticCache):
-        raise ModeError(f"asked for a static cache, generate() used {type(output.past_key_values).__name__}")
+    if not isinstance(cache_of(output), StaticCache):
+        raise ModeError(f"asked for a static cache, generate() used {type(cache_of(output)).__name__}")
     return Answer(rows)
 
 
 def _offloaded(model: Any, prompts: Prompts, new: int) -> Answer:
     rows, output = generate(model, prompts[:1], new, cache_implementation="offloaded")
-    cache = output.past_key_values
+    cache = cache_of(output)
     # With one softmax layer there is nothing to fetch ahead, and a patched model keeps it on the device.
     lone = model.config.layer_types.count("full_attention") == 1
     if hasattr(cache, "linear_cache") or not (lone or getattr(cache, "offloading", False)):
@@ -104,15 +105,15 @@ def _no_accelerator() -> str | None:
 
 def _dynamic_given(model: Any, prompts: Prompts, new: int) -> Answer:
     """One cache that knows the model's config, one that does not."""
-    first, _ = generate(model, prompts[:1], new, past_key_values=DynamicCache(config=model.config))
-    second, _ = generate(model, prompts[1:2], new, past_key_values=DynamicCache())
+    first, _ = generate(model, prompts[:1], new, cache=DynamicCache(config=model.config))
+    second, _ = generate(model, prompts[1:2], new, cache=DynamicCache())
     return Answer(first + second)
 
 
 def _static_given(model: Any, prompts: Prompts, new: int) -> Answer:
     """Once to generate(), once to plain forwards."""
     cache = static_cache(model, prompts, new)
-    first, _ = generate(model, prompts[:1], new, past_key_values=cache, disable_compile=True)
+    first, _ = generate(model, prompts[:1], new, cache=cache, disable_compile=True)
     return Answer(first + decode(model, prompts[1:2], new, cache=static_cache(model, prompts, new)))
 
 
@@ -125,8 +126,8 @@ def _reset(model: Any, prompts: Prompts, new: int) -> Answer:
     """One cache for all prompts; a short one too, which fits into the decode buffer."""
     rows, output = generate(model, prompts[:1], new)
     for prompt in [*prompts[1:], prompts[0][:4]]:
-        output.past_key_values.reset()
-        rows += decode(model, [prompt], new, cache=output.past_key_values)
+        cache_of(output).reset()
+        rows += decode(model, [prompt], new, cache=cache_of(output))
     return Answer(rows)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
+from ..versions import CACHE, cache_of
 from .base import Row
 from .truth import Prompts
 
@@ -49,16 +50,19 @@ def padded(rows: Prompts, side: Side, device: torch.device) -> tuple[torch.Tenso
 
 
 def generate(
-    model: Any, prompts: Prompts, new: int, *, settings: dict[str, Any] | None = None, **options: Any
-) -> tuple[list[Row], Any]:
+    model: Any, prompts: Prompts, new: int, *,
+    cache: Any = None, settings: dict[str, Any] | None = None, **options: Any,
+) -> tuple[list[Row], Any]:  # fmt: skip
     """Call model.generate() on left-padded prompts. Returns one Row per returned sequence and generate()'s output.
 
-    settings: of the generation config, where generate() takes no such argument. options: of generate().
+    cache: to go on with. settings: of the generation config, where generate() takes no such argument. options: of generate().
     """
     ids, mask = padded(prompts, "left", model.device)
     options = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": new, "do_sample": False} | options
     if options["input_ids"] is None:
         del options["input_ids"]
+    if cache is not None:
+        options[CACHE] = cache
     with plain_generation(model, **settings or {}):
         output = model.generate(return_dict_in_generate=True, output_logits=True, **options)
     return rows_of(output, prompts), output
@@ -99,14 +103,14 @@ def decode(
     logits = output.logits
     rows = [Row(prompt, 0, logits[i, mask[i].bool()].float().cpu()) for i, prompt in enumerate(prompts)]
     if change is not None:
-        change(output.past_key_values)
+        change(cache_of(output))
     if order is not None:
         rows, mask = [rows[i] for i in order], mask[torch.tensor(order, device=mask.device)]
     for _ in range(new):
         chosen = [int(row.logits[-1].argmax()) for row in rows]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         ids = torch.tensor(chosen, device=mask.device)[:, None]
-        output = _forward(model, ids, mask, output.past_key_values)
+        output = _forward(model, ids, mask, cache_of(output))
         logits = output.logits[:, -1:].float().cpu()
         rows = [
             Row([*row.tokens, token], 0, torch.cat([row.logits, logits[i]]))
@@ -117,7 +121,7 @@ def decode(
 
 def _forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> Any:
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, **{CACHE: cache}, use_cache=True)
 
 
 def joined(rows: Prompts) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import CompileConfig
 
+from ..versions import CACHE
 from .base import Answer, Expected, Mode, ModeError, Row
 from .continuing import static_cache
 from .helpers import generate, joined, seeded
@@ -82,12 +83,12 @@ def _compiled_forward(model: Any, prompts: Prompts, new: int) -> Answer:
     torch._dynamo.reset()
     step = torch.compile(model.__call__, backend=graphs, fullgraph=True)
     tokens, cache = list(prompts[0]), static_cache(model, prompts, new)
-    output = model(input_ids=torch.tensor([tokens], device=model.device), past_key_values=cache, use_cache=True)
+    output = model(input_ids=torch.tensor([tokens], device=model.device), **{CACHE: cache}, use_cache=True)
     logits = [output.logits[0].float().cpu()]
     for _ in range(new):
         tokens.append(int(logits[-1][-1].argmax()))
         token = torch.tensor([tokens[-1:]], device=model.device)
-        logits.append(step(input_ids=token, past_key_values=cache, use_cache=True).logits[0].float().cpu())
+        logits.append(step(input_ids=token, **{CACHE: cache}, use_cache=True).logits[0].float().cpu())
     graphs.must_be_one(new)
     return Answer([Row(tokens, 0, torch.cat(logits))])
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..versions import CACHE, cache_of
+
 
 def state_error(model: Any, tokens: list[int]) -> float:
     """Decode `tokens` one by one, then compare every recurrent state. Returns the largest error over the layers.
@@ -21,7 +23,7 @@ def state_error(model: Any, tokens: list[int]) -> float:
     try:
         for token in tokens:
             ids = torch.tensor([[token]], device=model.device)
-            cache = model(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
+            cache = cache_of(model(input_ids=ids, **{CACHE: cache}, use_cache=True))
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,0 +1,158 @@
+"""What tests of adapters share: the decoding modes over a host, parity in logits and gradients, patching and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tiny
+from combined_modes import COMBINED
+from leet_hf import UnsupportedModelError, patch_model, patch_report, unpatch_model
+from leet_hf.modes import Mode, Truth, check, modes
+from leet_hf.modes.truth import relative_error
+from leet_hf.versions import CACHE, cache_of
+from patching import snapshot
+
+NEW = 18  # tokens written in each mode: more than a decode buffer (16) holds
+# State precision has a check of its own here: the mode knows MiniMax's projections alone.
+MODES = {mode.name: mode for mode in [*modes(new=NEW), *COMBINED] if mode.name != "bf16-decoding"}
+# generate() compiles by itself where a class says it can be compiled, which remote code does not.
+UNCOMPILED = "compiled-generate"
+
+
+def make(kind: Callable[[Any], nn.Module], config: Any, seed: int = 0) -> Any:
+    """A random model in eval mode; the same weights for the same seed. Norm weights differ from 1."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = kind(config).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+                assert parameter.isfinite().all(), name
+    return model
+
+
+def must_agree(name: str, patched: Any, truth: Truth, mode: Mode | None = None) -> None:
+    """A mode of a patched model against cache-free forwards of the stand-in."""
+    mode = MODES[name] if mode is None else mode
+    if (lacking := mode.missing()) is not None:
+        pytest.skip(lacking)
+    if name == UNCOMPILED and not getattr(patched, "_can_compile_fullgraph", False):
+        pytest.skip("the host's class does not say that it can be compiled")
+    outcome = check(mode, patched, truth=truth)
+    assert outcome.agrees, outcome.reason
+
+
+def same_logits_and_gradients(stock: Any, batch: int = 2, tokens: int = 21, **options: Any) -> None:
+    """Logits, loss and the gradient of every parameter, of a copy that is patched and of the stock model."""
+    ids = torch.tensor([tiny.prompts((tokens,), seed=i)[0] for i in range(batch)])
+    patched = patch_model(copy.deepcopy(stock))
+    want = stock(input_ids=ids, labels=ids, use_cache=False, **options)
+    got = patched(input_ids=ids, labels=ids, use_cache=False, **options)
+    assert relative_error(got.logits, want.logits) <= 1e-5
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-5)
+    stock.zero_grad()
+    want.loss.backward()
+    got.loss.backward()
+    grads = dict(stock.named_parameters())
+    for name, parameter in patched.named_parameters():
+        expected = grads[name].grad
+        assert (parameter.grad is None) == (expected is None), name
+        if expected is not None:
+            torch.testing.assert_close(
+                parameter.grad, expected, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    assert any(grad.grad is not None and grad.grad.abs().max() > 1e-4 for grad in grads.values())
+    stock.zero_grad()
+
+
+def same_after_checkpointing(stock: Any, tokens: int = 21) -> None:
+    """Gradient checkpointing gives the gradients of the stock model without it."""
+    ids = torch.tensor(tiny.prompts((tokens,)))
+    stock, patched = copy.deepcopy(stock).train(), patch_model(copy.deepcopy(stock)).train()
+    patched.gradient_checkpointing_enable()
+    calls = []
+    kept = patched.base_model._gradient_checkpointing_func
+    patched.base_model._gradient_checkpointing_func = lambda *args: (calls.append(1), kept(*args))[1]
+    stock(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    patched(input_ids=ids, labels=ids).loss.backward()
+    assert calls
+    grads = dict(stock.named_parameters())
+    for name, parameter in patched.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, grads[name].grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def patched_and_back(stock: Any, adapter: str, recurrent: Iterable[int], layers: int) -> None:
+    """The report before, while and after; unpatching restores the modules, what generate() has, and the output."""
+    model, recurrent = copy.deepcopy(stock), list(recurrent)
+    before, state = snapshot(model), list(model.state_dict())
+    ids = torch.tensor(tiny.prompts((9,)))
+    want = model(input_ids=ids, use_cache=False).logits
+    assert [layer.status for layer in patch_report(model).layers].count("not patched") == len(recurrent)
+    assert patch_model(model) is model and patch_model(model) is model
+    report = patch_report(model)
+    assert [layer.index for layer in report.layers if layer.status == "patched"] == recurrent
+    assert {layer.adapter for layer in report.layers if layer.status == "patched"} == {adapter}
+    assert len(report.layers) == layers and report.patched == len(recurrent)
+    assert all(layer.decay for layer in report.layers if layer.status == "patched")
+    assert list(model.state_dict()) == state
+    assert cache_of(model(input_ids=ids, use_cache=True)).get_seq_length() == 9
+    assert unpatch_model(model) is model
+    assert snapshot(model) == before
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, want)
+
+
+def is_refused(model: Any, message: str) -> None:
+    """patch_model raises, with the part named, and changes nothing."""
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=message):
+        patch_model(model)
+    assert snapshot(model) == before
+
+
+@torch.no_grad()
+def states_stay_float32(stock: Any, log_decays: dict[int, list[float]], tokens: int = 300) -> None:
+    """States of bfloat16 decoding, token by token, against the float64 recurrence on the keys and values of that model.
+
+    log_decays: by layer, what the float32 model has.
+    """
+    patched = patch_model(copy.deepcopy(stock).bfloat16())
+    seen: dict[int, list[Any]] = {index: [] for index in log_decays}
+    for module in patched.modules():
+        binding = module.__dict__.get("_leet")
+        if getattr(binding, "index", None) in seen:
+            binding.adapter = _Recorder(binding.adapter, seen[binding.index])
+    cache = None
+    for token in tiny.prompts((tokens,))[0]:
+        cache = cache_of(patched(input_ids=torch.tensor([[token]]), **{CACHE: cache}, use_cache=True))
+    for index, pairs in seen.items():
+        k, v = (torch.cat(x, dim=1)[0].double() for x in zip(*pairs, strict=True))  # [T, H, D]
+        g = torch.tensor(log_decays[index], dtype=torch.float64)
+        k, v = (x.repeat_interleave(len(g) // x.shape[1], dim=1) for x in (k, v))
+        age = torch.arange(len(k) - 1, -1, -1, dtype=torch.float64)
+        want = torch.einsum("th,thk,thv->hkv", torch.exp(g * age[:, None]), k, v)
+        assert relative_error(cache.layers[index].recurrent_states[0][0], want) <= 0.01, index
+
+
+class _Recorder:
+    """An adapter that keeps the keys and values it projects."""
+
+    def __init__(self, adapter: Any, kept: list[Any]) -> None:
+        self._adapter, self._kept = adapter, kept
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._adapter, name)
+
+    def project(self, *args: Any) -> Any:
+        projected = self._adapter.project(*args)
+        self._kept.append((projected.k, projected.v))
+        return projected
