@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .generation import upgrade_cache
     from .patch import UnsupportedModelError, patch_model, patch_report, unpatch_model
     from .report import PatchReport
+    from .saving import load_cache, save_cache
 
 __version__ = "0.1.0"
 
@@ -22,9 +23,11 @@ __all__ = [
     "PatchReport",
     "UnsupportedModelError",
     "__version__",
+    "load_cache",
     "patch_model",
     "patch_report",
     "register_adapter",
+    "save_cache",
     "unpatch_model",
     "upgrade_cache",
 ]
@@ -33,9 +36,11 @@ __all__ = [
 _HOMES = {
     "PatchReport": "report",
     "UnsupportedModelError": "patch",
+    "load_cache": "saving",
     "patch_model": "patch",
     "patch_report": "patch",
     "register_adapter": "adapters",
+    "save_cache": "saving",
     "unpatch_model": "patch",
     "upgrade_cache": "generation",
 }

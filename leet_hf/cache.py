@@ -81,6 +81,24 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
         self._held = 0
         self._count(tokens)
 
+    def restore(
+        self, base: Tensor, keys: Tensor, values: Tensor, log_decays: Tensor, length: int, *, buffer: int, keep: int
+    ) -> None:
+        """Become what another layer was after `length` tokens: its base state [B, H, K, V] and the tokens it held.
+
+        keys [B, n, Hk, K], values [B, n, Hv, V], log_decays [B, n, H]: the last n <= buffer tokens.
+        """
+        self.state = self._allocate(base.shape[0], keys.dtype, base.device, buffer, keep)
+        self.dtype, self.device = keys.dtype, base.device  # type: ignore[assignment]
+        self.is_initialized = self.is_recurrent_states_initialized[0] = True
+        self.state.load(base)
+        if keys.shape[1]:
+            self.state.append(keys, values, log_decays)
+        self._moved()
+        self._held = keys.shape[1]
+        self._set_length(length)
+        self.has_previous_state[0] = True
+
     def count_step(self, tokens: int) -> None:
         """Note a step of the state by `tokens` tokens."""
         assert self.state is not None

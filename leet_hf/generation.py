@@ -52,12 +52,17 @@ def upgrade_cache(cache: Any, model: nn.Module) -> Any:
     whose prefill is compiled. Raises ValueError, with nothing changed, if the model is not patched or the cache is of
     another kind or model.
     """
-    bindings = [module.__dict__.get("_leet") for module in model.modules()]
-    hosts = [binding for binding in bindings if isinstance(binding, HostBinding)]
+    upgrade(cache, patched_base(model)[1].spec)
+    return cache
+
+
+def patched_base(model: nn.Module) -> tuple[nn.Module, HostBinding]:
+    """The one patched base model within a model, and its binding. Raises ValueError if there is none, or several."""
+    found = [(module, module.__dict__.get("_leet")) for module in model.modules()]
+    hosts = [(module, binding) for module, binding in found if isinstance(binding, HostBinding)]
     if len(hosts) != 1:
         raise ValueError(f"model has {len(hosts)} patched base models, must have one: call patch_model(model) first")
-    upgrade(cache, hosts[0].spec)
-    return cache
+    return hosts[0]
 
 
 def _supports_default_cache(model: Any) -> bool:
