@@ -70,3 +70,8 @@ def retnet_language_model(heads: int) -> LogDecays:
     first, last = math.log(1 / 32), math.log(1 / 512)
     step = (last - first) / max(heads - 1, 1)
     return tuple(math.log1p(-math.exp(first + h * step)) for h in range(heads))
+
+
+def alibi(heads: int) -> LogDecays:
+    """`-alibi_h` in every layer: MiniCPM-SALA (`modeling_minicpm_sala.py`), HypeNet (hybrid-linear-attention)."""
+    return tuple(-slope for slope in alibi_slopes(heads))

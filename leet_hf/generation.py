@@ -14,16 +14,22 @@ from .cache import SLACK
 from .host import HostBinding, masks_by_kind
 from .hosts.remote import kinds_of
 from .shapes import CacheSpec
+from .slots import has_entry, install_forward, restore_forward
 from .upgrade import layers_counted, recurrent_layers, upgrade
 from .versions import CACHE
 
 
 @dataclass
 class GenerationBinding:
-    """What patching puts on a model that generates. replaced: the names of what it has of its own besides."""
+    """What patching puts on a model that generates. replaced: the names of what it has of its own besides.
+
+    forward: what replaces the model's own, if anything does; had_entry: how to take it off again.
+    """
 
     spec: CacheSpec
     replaced: tuple[str, ...]
+    forward: Callable[..., Any] | None = None
+    had_entry: bool = False
 
 
 def install_generation(model: nn.Module, host: HostBinding) -> None:
@@ -31,11 +37,14 @@ def install_generation(model: nn.Module, host: HostBinding) -> None:
     methods = {**_REPLACED, **host.adapter.head_methods}
     if getattr(model.config, "layer_types", None) is None:
         methods["create_masks_for_generate"] = _masks_for_generate
+    forward = methods.pop("forward", None)
     entries: dict[str, Any] = {name: functools.partial(function, model) for name, function in methods.items()}
     if getattr(model, "_is_stateful", False):
         entries["_is_stateful"] = False  # it says that tokens can not be taken back, which our layers can
-    model.__dict__["_leet"] = GenerationBinding(host.spec, tuple(entries))
+    model.__dict__["_leet"] = GenerationBinding(host.spec, tuple(entries), forward, has_entry(model))
     model.__dict__.update(entries)
+    if forward is not None:
+        install_forward(model, forward)
 
 
 def restore_generation(model: nn.Module) -> None:
@@ -43,6 +52,8 @@ def restore_generation(model: nn.Module) -> None:
     binding = model.__dict__.pop("_leet", None)
     for name in binding.replaced if binding is not None else ():
         model.__dict__.pop(name, None)
+    if binding is not None and binding.forward is not None:
+        restore_forward(model, binding.forward, binding.had_entry)
 
 
 def upgrade_cache(cache: Any, model: nn.Module) -> Any:

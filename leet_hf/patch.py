@@ -13,11 +13,13 @@ from leet_linear_attention import available_methods
 from .adapters import Adapter, adapters
 from .generation import GenerationBinding, RecurrentGeneration, install_generation, restore_generation
 from .host import HostBinding
+from .hosts.softmax import SoftmaxBinding
 from .layer import LayerBinding
 from .report import LayerReport, PatchReport
 from .slots import foreign_forward, has_entry, install_forward, meta_tensor, restore_forward
 
 Model = TypeVar("Model", bound=nn.Module)
+Binding = LayerBinding | SoftmaxBinding | HostBinding
 
 
 class UnsupportedModelError(ValueError):
@@ -32,6 +34,7 @@ class _Host:
     module: nn.Module
     binding: HostBinding
     layers: list[tuple[str, nn.Module, LayerBinding]]
+    softmax: list[tuple[str, nn.Module, SoftmaxBinding]]
 
 
 def patch_model(model: Model, *, method: str = "auto") -> Model:
@@ -75,7 +78,7 @@ def unpatch_model(model: Model) -> Model:
     """
     for module in model.modules():
         binding = module.__dict__.get("_leet")
-        if isinstance(binding, LayerBinding | HostBinding):
+        if isinstance(binding, Binding):
             if not _is_native(binding):
                 _restore(module)
         elif isinstance(binding, GenerationBinding) and not isinstance(module, RecurrentGeneration):
@@ -96,12 +99,15 @@ def patch_report(model: nn.Module) -> PatchReport:
             state = "native: right as it is, nothing to patch"
         lines.append(f"{host.name or 'model'} ({type(host.module).__name__}): {state}")
         recurrent = {id(module): binding for _, module, binding in host.layers}
+        adapted = {id(module) for _, module, _ in host.softmax}
         for index, (path, attention) in enumerate(host.binding.adapter.attentions(host.module)):
             path = f"{host.name}.{path}" if host.name else path
             if id(attention) in recurrent:
                 layers.append(_layer_report(path, attention, recurrent[id(attention)], patched))
             else:
                 reason = f"{type(attention).__name__} is no recurrent layer"
+                if id(attention) in adapted:
+                    reason += ", but is made to use standard caches"
                 layers.append(LayerReport(path, index, "", "", "", "left alone", reason))
     for name, module in model.named_modules():
         if isinstance(module.__dict__.get("_leet"), GenerationBinding):
@@ -138,12 +144,14 @@ def _plan_host(name: str, base: nn.Module, adapter: Adapter, method: str) -> _Ho
         return None
     host: HostBinding | None = base.__dict__.get("_leet")
     if host is not None and all("_leet" in module.__dict__ for _, module in found):
-        return _Host(name, base, host, [(path, module, module.__dict__["_leet"]) for path, module in found])
+        layers = [(path, module, module.__dict__["_leet"]) for path, module in found]
+        return _Host(name, base, host, layers, _plan_softmax(name, base, adapter))
     for path, module in found:
         _check_module(path, module, adapter.misfit(module))
     _check_module(name or "model", base, adapter.base_misfit(base))
     places = {id(attention): place for place, (_, attention) in enumerate(adapter.attentions(base))}
     layers = []
+    softmax = _plan_softmax(name, base, adapter)
     for path, module in found:
         place, index = places.get(id(module)), adapter.index(module)
         if place is None or index not in (None, place):
@@ -152,7 +160,19 @@ def _plan_host(name: str, base: nn.Module, adapter: Adapter, method: str) -> _Ho
             )
         binding = module.__dict__.get("_leet") or _plan_layer(path, module, base, place, adapter, method)
         layers.append((path, module, binding))
-    return _Host(name, base, host or HostBinding(adapter, adapter.cache_spec(base)), layers)
+    return _Host(name, base, host or HostBinding(adapter, adapter.cache_spec(base)), layers, softmax)
+
+
+def _plan_softmax(name: str, base: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Module, SoftmaxBinding]]:
+    """The softmax layers whose own forward knows only the host's own caches."""
+    planned = []
+    for place, (path, module) in enumerate(adapter.attentions(base)):
+        if adapter.owns_softmax(module):
+            path = f"{name}.{path}" if name else path
+            if not _is_patched(module):
+                _check_module(path, module, None)
+            planned.append((path, module, module.__dict__.get("_leet") or SoftmaxBinding(adapter, place)))
+    return planned
 
 
 def _plan_layer(
@@ -208,6 +228,10 @@ def _apply(host: _Host, model: nn.Module, undo: list[Callable[[], None]]) -> Non
             weight = _weight(module)
             if weight is not None and weight.device.type != "meta":
                 binding.log_decay(weight)  # made now, so that a graph traced before the first forward finds it
+    for _, module, softmax in host.softmax:
+        if not _is_patched(module):
+            undo.append(lambda module=module: _restore(module))  # type: ignore[misc]
+            _install(module, softmax.forward, softmax)
     if not _is_patched(base):
         undo.append(lambda: _restore(base))
         _install(base, adapter.base_forward, host.binding)
@@ -219,7 +243,7 @@ def _apply(host: _Host, model: nn.Module, undo: list[Callable[[], None]]) -> Non
             install_generation(module, host.binding)
 
 
-def _install(module: nn.Module, function: Callable[..., object], binding: LayerBinding | HostBinding) -> None:
+def _install(module: nn.Module, function: Callable[..., object], binding: Binding) -> None:
     binding.had_entry = has_entry(module)
     module.__dict__["_leet"] = binding
     install_forward(module, function)
@@ -227,13 +251,15 @@ def _install(module: nn.Module, function: Callable[..., object], binding: LayerB
 
 def _restore(module: nn.Module) -> None:
     binding = module.__dict__.pop("_leet", None)
-    if binding is not None:
+    if isinstance(binding, SoftmaxBinding):
+        restore_forward(module, binding.forward, binding.had_entry)
+    elif binding is not None:
         adapter = binding.adapter
         function = adapter.layer_forward if isinstance(binding, LayerBinding) else adapter.base_forward
         restore_forward(module, function, binding.had_entry)
 
 
-def _is_native(binding: LayerBinding | HostBinding) -> bool:
+def _is_native(binding: Binding) -> bool:
     """Whether a module has had its binding since it was made, with a forward of its own."""
     return getattr(binding.adapter, "native", False)
 

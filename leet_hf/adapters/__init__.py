@@ -6,6 +6,8 @@ from ..shapes import CacheSpec, RecurrentShape, SoftmaxShape
 from .bailing import BailingAdapter
 from .base import Adapter, Decay, Projected
 from .minimax import MiniMaxAdapter
+from .minimax_text_01 import MiniMaxText01Adapter
+from .sala import HypeNetAdapter, SalaAdapter
 
 __all__ = [
     "Adapter",
@@ -46,3 +48,6 @@ def register_adapter(adapter: Adapter) -> Adapter:
 
 register_adapter(MiniMaxAdapter())
 register_adapter(BailingAdapter())
+register_adapter(SalaAdapter())
+register_adapter(HypeNetAdapter())
+register_adapter(MiniMaxText01Adapter())

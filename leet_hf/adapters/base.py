@@ -44,9 +44,10 @@ class Adapter(ABC):
     name: of the family, as in the report. layer_class, base_class: class names of the recurrent module and of the base
     model that owns it (names, so that no remote code has to be imported). base_forward: replaces the base model's
     forward; it makes the masks and hands standard caches to the layers. layer_forward: replaces the recurrent layer's
-    forward; a family whose decoder layers call theirs in another way wraps the common one. decay_formula: in words, for
-    people. head_methods: by name, what replaces methods of a model that generates, where its own know nothing of
-    standard caches.
+    forward; a family whose decoder layers call theirs in another way wraps the common one. softmax_forward: replaces
+    the forward of softmax layers that know only the host's own caches; None where they know standard ones.
+    decay_formula: in words, for people. head_methods: by name, what replaces methods of a model that generates, where
+    its own know nothing of standard caches.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Adapter(ABC):
     decay_formula: str
     base_forward: Callable[..., Any]
     layer_forward: Callable[..., Any] = staticmethod(layer_forward)
+    softmax_forward: Callable[..., Any] | None = None
     head_methods: Mapping[str, Callable[..., Any]] = {}
 
     def owns_layer(self, module: nn.Module) -> bool:
@@ -64,6 +66,10 @@ class Adapter(ABC):
     def owns_base(self, module: nn.Module) -> bool:
         """Whether a module is, by its class, a base model of this family."""
         return _is_a(module, self.base_class)
+
+    def owns_softmax(self, attention: nn.Module) -> bool:
+        """Whether the forward of an attention module is replaced by `softmax_forward`."""
+        return self.softmax_forward is not None and not self.owns_layer(attention)
 
     @abstractmethod
     def misfit(self, layer: nn.Module) -> str | None:

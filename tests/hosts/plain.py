@@ -48,6 +48,28 @@ class Rotary(nn.Module):
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
+class RotaryTables(nn.Module):
+    """As `Rotary`, by tables [positions, dim] that are made longer when a longer one is asked for."""
+
+    def __init__(self, dim: int, theta: float, positions: int) -> None:
+        super().__init__()
+        self.turn = Rotary(dim, theta)
+        self.register_buffer("inv_freq", theta ** (-torch.arange(0, dim, 2) / dim), persistent=False)
+        self._set_cos_sin_cache(positions)
+
+    def _set_cos_sin_cache(self, positions: int) -> None:
+        self.max_seq_len_cached = positions
+        place = torch.arange(positions, device=self.inv_freq.device)
+        cos, sin = self.turn(torch.empty(0, device=place.device), place)
+        self.register_buffer("cos_cached", cos, persistent=False)
+        self.register_buffer("sin_cached", sin, persistent=False)
+
+    def forward(self, x: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+        if seq_len > self.max_seq_len_cached:
+            self._set_cos_sin_cache(seq_len)
+        return self.cos_cached[:seq_len].to(x.dtype), self.sin_cached[:seq_len].to(x.dtype)
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, H, T, D] with its first channels turned, as many as cos [B, T, R] has, in halves."""
     turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]

@@ -1,0 +1,55 @@
+"""Rope by the tables that modules of remote code keep: cos and sin of every position, a row each."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Places(NamedTuple):
+    """Where tokens are. ids: positions [B, T]. length: one more than the highest, None where only the device knows."""
+
+    ids: Tensor
+    length: int | None
+
+
+def places(position_ids: Tensor, cache: Any) -> Places:
+    """The places of a forward. Asks the device once, unless a graph is traced or the cache has a fixed length."""
+    fixed = None if cache is None else next((n for x in cache.layers if (n := getattr(x, "max_cache_len", None))), None)
+    if fixed is not None or torch.compiler.is_compiling():
+        return Places(position_ids, fixed)
+    return Places(position_ids, int(position_ids.max()) + 1)
+
+
+def turned(x: Tensor, rotary: Any, where: Places) -> Tensor:
+    """x [B, T, H, D] with its first channels turned, as many as the tables of `rotary` have, in float32 at least.
+
+    rotary: a module called with (a tensor, seq_len) that returns rows of its tables, which it makes longer if need be.
+    """
+    length = rotary.max_seq_len_cached if where.length is None else where.length
+    wide = torch.promote_types(x.dtype, torch.float32)
+    tables = rotary(torch.empty(0, dtype=wide, device=x.device), seq_len=length)
+    cos, sin = (table[where.ids].unsqueeze(-2) for table in tables)  # [B, T, 1, channels]
+    inner, outer = x[..., : cos.shape[-1]].to(wide), x[..., cos.shape[-1] :]
+    low, high = inner.chunk(2, dim=-1)
+    inner = inner * cos + torch.cat([-high, low], dim=-1) * sin
+    return torch.cat([inner.to(x.dtype), outer], dim=-1)
+
+
+def tables_lack(rotary: Any) -> str | None:
+    """Why the tables of a rope module can not be used, as the end of a sentence about its owner; None if they can."""
+    names = ("cos_cached", "sin_cached", "max_seq_len_cached")
+    lacking = [name for name in names if getattr(rotary, name, None) is None]
+    if lacking:
+        return f"its rotary_emb has no {', '.join(lacking)}"
+    cos, sin = rotary.cos_cached[0], rotary.sin_cached[0]
+    if cos.device.type == "meta":
+        return None  # hooks of accelerate hold it; a table that nobody holds is found with the weights
+    if bool((sin != 0).any()) or bool((cos != cos[0]).any()) or not float(cos[0]) > 0:
+        return (
+            "its rotary_emb holds no cosines and sines (position 0 is not turned by 0): they are not in the "
+            "checkpoint, so make them again after loading (module._set_cos_sin_cache)"
+        )
+    return None
