@@ -1,4 +1,4 @@
-"""What train_from_scratch.py leaves for people: the loss curve and the model card."""
+"""What a run leaves for people: the loss curve and, of train_from_scratch.py, the model card."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ from typing import Any
 
 
 def plot_losses(history: list[dict[str, float]], file: Path) -> None:
-    """Training and held-out loss over steps, as PNG; the lowest held-out loss, whose weights are kept, is marked."""
+    """Training and held-out loss over steps, as PNG; the lowest held-out loss is marked.
+
+    history: entries with "step" and "train", "held_out" or both.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps = [entry["step"] for entry in history]
-    best = min(history, key=lambda entry: entry["held_out"])
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=100)
-    axes.plot(steps, [entry["train"] for entry in history], color="#8a8a8a", label="training (with dropout)")
-    axes.plot(steps, [entry["held_out"] for entry in history], color="#0b62a4", label="held out")
-    axes.plot(best["step"], best["held_out"], "o", color="#0b62a4")
-    place = (best["step"], best["held_out"])
-    axes.annotate(f"{best['held_out']:.3f}", place, xytext=(-6, 10), textcoords="offset points")
+    for name, label, colour in (("train", "training", "#8a8a8a"), ("held_out", "held out", "#0b62a4")):
+        curve = [(entry["step"], entry[name]) for entry in history if name in entry]
+        if curve:
+            axes.plot(*zip(*curve, strict=True), color=colour, label=label)
+    held = [entry for entry in history if "held_out" in entry]
+    if held:
+        best = min(held, key=lambda entry: entry["held_out"])
+        place = (best["step"], best["held_out"])
+        axes.plot(*place, "o", color="#0b62a4")
+        axes.annotate(f"{best['held_out']:.3f}", place, xytext=(-6, 10), textcoords="offset points")
     axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(file)
+    figure.savefig(file, format="png")
     pyplot.close(figure)
 
 

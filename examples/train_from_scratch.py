@@ -6,34 +6,37 @@
 
 It needs no network: the text is examples/assets/kjv.txt.xz (King James Bible, public domain), and the tokenizer is
 trained on it. The output folder holds a stock Transformers checkpoint (no remote code), its tokenizer, a model card,
-the loss curve and a summary in JSON. A run that was stopped goes on from its last epoch when it is started again.
+the loss curve and a summary in JSON. A run that was stopped goes on from its last epoch when it is started again, bit
+for bit. The loop is plain `accelerate`: bfloat16 on a GPU, --accumulation, and several processes with
+
+    accelerate launch --config_file examples/accelerate/ddp.yaml examples/train_from_scratch.py
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, MiniMaxConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from corpus import batches, encode, read_sections, split_sections, train_tokenizer
+from corpus import batches, encode, held_out_loss, read_sections, split_sections, train_tokenizer
 from leet_hf import patch_model
+from recipe import ASSETS, TEXT, needs, write_json, write_whole
 from reporting import plot_losses, write_model_card
+from small_minimax import make_config, residual_dropout
 
-ASSETS = Path(__file__).parent / "assets"
 PROMPTS = ("In the beginning", "And it came to pass", "Blessed are they", "Psalm 151\n\n1 ")
 DECAY_TABLES = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 
@@ -42,7 +45,7 @@ DECAY_TABLES = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 class Settings:
     """Everything that decides the result of a run; a checkpoint is continued only by a run with the same."""
 
-    text: str = str(ASSETS / "kjv.txt.xz")
+    text: str = str(TEXT)
     model: str | None = None
     vocabulary: int = 4096
     hidden: int = 192
@@ -50,6 +53,7 @@ class Settings:
     expert_width: int = 128
     length: int = 1024
     batch: int = 16
+    accumulation: int = 1
     epochs: int = 24
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
@@ -63,76 +67,6 @@ class Settings:
 SMOKE: dict[str, Any] = dict(
     characters=90_000, vocabulary=512, hidden=64, experts=2, expert_width=64, length=128, batch=8, epochs=2
 )
-
-
-def make_config(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> MiniMaxConfig:
-    """Seven linear layers and one softmax layer, linear first, as in the published MiniMax models."""
-    layers = 8
-    # DeepNorm's factor on the residual, (2 * layers)^(1/4); the published models' 3.5566 is that of 80 layers.
-    alpha = (2 * layers) ** 0.25
-    return MiniMaxConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden,
-        intermediate_size=settings.expert_width,
-        num_hidden_layers=layers,
-        layer_types=["linear_attention"] * (layers - 1) + ["full_attention"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64 if settings.hidden > 64 else 16,
-        num_local_experts=settings.experts,
-        num_experts_per_tok=2,
-        router_aux_loss_coef=0.01,
-        full_attn_alpha_factor=alpha,
-        linear_attn_alpha_factor=alpha,
-        mlp_alpha_factor=alpha,
-        block_size=64,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-@contextmanager
-def residual_dropout(model: Any, probability: float) -> Iterator[None]:
-    """Dropout on the embeddings and on what each attention and expert block adds; stock MiniMax has none."""
-
-    def drop(module: torch.nn.Module, _: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (F.dropout(output[0], probability, module.training), *output[1:])
-        return F.dropout(output, probability, module.training)
-
-    blocks = [model.model.embed_tokens, *(b for layer in model.model.layers for b in (layer.self_attn, layer.mlp))]
-    handles = [block.register_forward_hook(drop) for block in blocks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def half_precision(device: torch.device) -> Any:
-    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
-
-
-@torch.no_grad()
-def held_out_loss(model: Any, tokens: Tensor, length: int, batch: int) -> float:
-    """Mean negative log-likelihood in nats per token, over windows of `length` tokens that do not overlap."""
-    model.eval()
-    device = next(model.parameters()).device
-    total, starts = 0.0, range(0, len(tokens) - 1, length)
-    windows = [tokens[start : start + length + 1] for start in starts]
-    full = [w for w in windows if len(w) == length + 1]
-    groups = [torch.stack(full[i : i + batch]) for i in range(0, len(full), batch)]
-    groups += [w[None] for w in windows if len(w) < length + 1]
-    for group in groups:
-        logits = model(input_ids=group[:, :-1].to(device), use_cache=False).logits
-        targets = group[:, 1:].flatten().to(device)
-        total += F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum").item()
-    model.train()
-    return total / (len(tokens) - 1)
 
 
 def make_optimizer(model: Any, settings: Settings, steps: int) -> tuple[torch.optim.Optimizer, Any]:
@@ -152,10 +86,14 @@ def make_optimizer(model: Any, settings: Settings, steps: int) -> tuple[torch.op
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def train(model: Any, tokens: Tensor, held_out: Tensor, settings: Settings, checkpoint: Path) -> dict[str, Any]:
+def train(
+    model: Any, tokens: Tensor, held_out: Tensor, settings: Settings, checkpoint: Path, accelerator: Accelerator
+) -> dict[str, Any]:
     """Train until the last epoch, or until the held-out loss has not fallen for `patience` epochs; leave the best
     weights in `model`. Returns history (one entry per epoch), steps per epoch and seconds."""
-    device = next(model.parameters()).device
+    shares = settings.accumulation * accelerator.num_processes
+    if settings.batch % shares:
+        raise ValueError(f"batch is {settings.batch}, must be a multiple of accumulation times processes, {shares}")
     per_epoch = len(batches(tokens, settings.length, settings.batch, seed=0))
     if per_epoch == 0:
         raise ValueError(f"text gives {len(tokens)} tokens; one batch needs {(settings.batch + 1) * settings.length}")
@@ -163,15 +101,19 @@ def train(model: Any, tokens: Tensor, held_out: Tensor, settings: Settings, chec
     history: list[dict[str, float]] = []
     best, seconds = {}, 0.0
     if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        saved = torch.load(checkpoint, map_location=accelerator.device, weights_only=True)
         if saved["settings"] != asdict(settings):
             raise ValueError(f"checkpoint {checkpoint} was written with other settings; delete it to start afresh")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         history, best, seconds = saved["history"], saved["best"], saved["seconds"]
+    wrapped, stepped = accelerator.prepare(model, optimizer)
     lowest = min((entry["held_out"] for entry in history), default=math.inf)
-    bar = tqdm(total=per_epoch * settings.epochs, initial=per_epoch * len(history), unit="step", mininterval=1.0)
+    bar = tqdm(
+        total=per_epoch * settings.epochs, initial=per_epoch * len(history), unit="step", mininterval=1.0,
+        disable=not accelerator.is_main_process,
+    )  # fmt: skip
     model.train()
     for epoch in range(len(history), settings.epochs):
         if epoch - min(range(epoch), key=lambda e: history[e]["held_out"], default=epoch) > settings.patience:
@@ -181,28 +123,32 @@ def train(model: Any, tokens: Tensor, held_out: Tensor, settings: Settings, chec
         seed = settings.seed * 100_003 + epoch
         torch.manual_seed(seed)
         for batch in batches(tokens, settings.length, settings.batch, seed):
-            batch = batch.to(device)
-            with half_precision(device):
-                output = model(input_ids=batch, labels=batch, use_cache=False, output_router_logits=True)
-            output.loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            own = batch[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
+            for rows in own.split(settings.batch // shares):
+                with accelerator.accumulate(wrapped):
+                    output = wrapped(input_ids=rows, labels=rows, use_cache=False, output_router_logits=True)
+                    accelerator.backward(output.loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
+                    stepped.step()
+                    stepped.zero_grad()
+                losses.append(output.loss.detach() - model.router_aux_loss_coef * output.aux_loss.detach())
             schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(output.loss.detach() - model.router_aux_loss_coef * output.aux_loss.detach())
             bar.update()
-        with half_precision(device):
+        with accelerator.autocast():
             loss = held_out_loss(model, held_out, settings.length, settings.batch)
         seconds += time.perf_counter() - began
-        history.append({"step": (epoch + 1) * per_epoch, "train": torch.stack(losses).mean().item(), "held_out": loss})
+        mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        history.append({"step": (epoch + 1) * per_epoch, "train": mean, "held_out": loss})
         bar.set_postfix({key: f"{history[-1][key]:.3f}" for key in ("train", "held_out")})
         if loss < lowest:
             lowest, best = loss, {name: value.clone() for name, value in model.state_dict().items()}
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
         state |= {"settings": asdict(settings), "history": history, "best": best, "seconds": seconds}
-        torch.save(state, checkpoint.with_suffix(".new"))
-        checkpoint.with_suffix(".new").replace(checkpoint)
+        if accelerator.is_main_process:
+            write_whole(checkpoint, partial(torch.save, state))
     bar.close()
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     model.load_state_dict(best)
     return {"history": history, "steps_per_epoch": per_epoch, "seconds": seconds}
 
@@ -210,12 +156,20 @@ def train(model: Any, tokens: Tensor, held_out: Tensor, settings: Settings, chec
 def save(model: Any, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     """Save as stock Transformers does, then store the weights in bfloat16. The decay tables stay float32: in bfloat16
     the slopes would be off by up to 0.4 percent."""
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    file = output / "model.safetensors"
-    tensors = load_file(file)
-    small = {n: t if n.endswith(DECAY_TABLES) else t.to(torch.bfloat16) for n, t in tensors.items()}
-    save_file(small, file, metadata={"format": "pt"})
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        small = {n: t if n.endswith(DECAY_TABLES) else t.to(torch.bfloat16) for n, t in tensors.items()}
+        save_file(small, file, metadata={"format": "pt"})
+
+    whole = output / "saved"
+    write_whole(whole, write)
+    for file in whole.iterdir():
+        file.replace(output / file.name)
+    whole.rmdir()
 
 
 def write_samples(model: Any, tokenizer: Any, count: int) -> list[str]:
@@ -231,7 +185,14 @@ def write_samples(model: Any, tokenizer: Any, count: int) -> list[str]:
 
 def run(settings: Settings, output: Path, device: torch.device) -> dict[str, Any]:
     """The whole of it: text, tokenizer, training, saving, and a measurement of what was saved."""
-    output.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if device.type == "cuda" else "no",
+        gradient_accumulation_steps=settings.accumulation,
+        # Experts that no token of a process chose have no gradient there.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    device = accelerator.device
     sections = read_sections(settings.text, settings.characters)
     kept, held = split_sections(sections)
     torch.manual_seed(settings.seed)
@@ -239,7 +200,9 @@ def run(settings: Settings, output: Path, device: torch.device) -> dict[str, Any
     model: Any
     if settings.model is None:
         tokenizer = train_tokenizer(kept, settings.vocabulary)
-        model = AutoModelForCausalLM.from_config(make_config(settings, tokenizer), dtype=torch.float32)
+        sizes = {"hidden": settings.hidden, "experts": settings.experts, "expert_width": settings.expert_width}
+        config = make_config(tokenizer, **sizes)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     else:
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
         model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
@@ -250,7 +213,9 @@ def run(settings: Settings, output: Path, device: torch.device) -> dict[str, Any
         patch_model(model)
     tokens, held_out = encode(kept, tokenizer), encode(held, tokenizer)
     with residual_dropout(model, settings.dropout):
-        result = train(model, tokens, held_out, settings, output / "checkpoint.pt")
+        result = train(model, tokens, held_out, settings, output / "checkpoint.pt", accelerator)
+    if not accelerator.is_main_process:
+        return {}
     save(model, tokenizer, output)
 
     saved: Any = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, experts_implementation="eager")
@@ -274,15 +239,15 @@ def run(settings: Settings, output: Path, device: torch.device) -> dict[str, Any
         **result,
         "samples": write_samples(saved.eval(), tokenizer, 120 if settings.characters is None else 16),
     }
-    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    plot_losses(result["history"], output / "loss.png")
+    write_json(output / "summary.json", summary)
+    write_whole(output / "loss.png", lambda file: plot_losses(result["history"], file))
     write_model_card(summary, output / "README.md")
     (output / "checkpoint.pt").unlink()
     return summary
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = Settings()
     parser.add_argument("--output", type=Path, default=ASSETS / "kjv-minimax", help="folder to write (%(default)s)")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on a little text: does the whole path run?")
@@ -290,15 +255,28 @@ def main() -> None:
     parser.add_argument("--text", default=defaults.text, help="plain text, or .xz of it (%(default)s)")
     parser.add_argument("--model", help="go on from this saved model and its tokenizer, not from nothing")
     parser.add_argument("--stock", action="store_true", help="train without patch_model, to compare")
-    for name in ("batch", "epochs", "length", "seed", "patience", "learning_rate", "weight_decay", "dropout"):
+    for name in (
+        "batch",
+        "accumulation",
+        "epochs",
+        "length",
+        "seed",
+        "patience",
+        "learning_rate",
+        "weight_decay",
+        "dropout",
+    ):
         value = getattr(defaults, name)
         parser.add_argument("--" + name.replace("_", "-"), type=type(value), help=f"default {value}")
     args = vars(parser.parse_args())
+    needs("matplotlib")
     output, device, smoke = args.pop("output"), torch.device(args.pop("device")), args.pop("smoke")
     if smoke and output == ASSETS / "kjv-minimax":
         output = Path("smoke-model")
     given = {name: value for name, value in args.items() if value is not None}
     summary = run(Settings(**((SMOKE if smoke else {}) | given)), output, device)
+    if not summary:  # this is not the process that reports
+        return
     held = summary["held_out"]
     print(f"held-out loss {held['loss']:.4f} nats per token, perplexity {held['perplexity']:.2f}, in {output}")
     print("\n\n".join(summary["samples"]))
