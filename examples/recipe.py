@@ -69,16 +69,7 @@ def load(name: str | Path) -> tuple[Any, Any]:
     Raises ValueError where the weights are not those that its config asks for, or the tokenizer is another model's.
     A model without linear-attention layers is not patched, which is said.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    model, info = loaded
-    wrong = sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
-    if wrong:
-        raise ValueError(
-            f"model {name}: {len(wrong)} tensors that its config.json asks for are missing or of another shape, "
-            f"{wrong[0]} first: the file is cut, or the config is of another model; save both together"
-        )
+    model = _read(name)
     tokenizer = AutoTokenizer.from_pretrained(name)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
@@ -93,6 +84,17 @@ def load(name: str | Path) -> tuple[Any, Any]:
         print(f"not patched: {error}", file=sys.stderr)
     model.config.use_cache = False
     return model, tokenizer
+
+
+def restore(model: Any, checkpoint: Path) -> None:
+    """Give a model the weights of a checkpoint, all of them.
+
+    Trainer (Transformers 5.17 to 5.24) reads a checkpoint by the names the model uses while it runs, but saves it by
+    those of the hub: where they differ, as for MiniMax's experts, it goes on without them and only warns
+    (github.com/huggingface/transformers/issues/48805). Adapters are not concerned.
+    """
+    if not (checkpoint / "adapter_config.json").exists():
+        model.load_state_dict(_read(checkpoint).state_dict())
 
 
 def trainer_settings(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -194,7 +196,8 @@ def train(trainer: Any, output: Path) -> dict[str, Any]:
     """
     began, start = time.perf_counter(), last_checkpoint(output)
     if start is not None:
-        print(f"going on from {start}", file=sys.stderr)
+        print(f"going on from {start} (Trainer may warn of missing keys: they are restored here)", file=sys.stderr)
+        restore(trainer.model, start)
     try:
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
     except WRITE_ERRORS as error:
@@ -245,6 +248,20 @@ def report(output: Path, result: dict[str, Any]) -> None:
     write_json(output / "summary.json", {**result, "device": device, "versions": versions})
     write_whole(output / "loss.png", lambda file: plot_losses(result["history"], file))
     print(f"{result['seconds']:.0f} s, {result['peak_memory_gib']:.2f} GiB on {device}; see {output}/summary.json")
+
+
+def _read(name: str | Path) -> Any:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    model, info = loaded
+    wrong = sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
+    if wrong:
+        raise ValueError(
+            f"model {name}: {len(wrong)} tensors that its config.json asks for are missing or of another shape, "
+            f"{wrong[0]} first: the file is cut, or the config is of another model; save both together"
+        )
+    return model
 
 
 def _is_whole(folder: Path) -> bool:
