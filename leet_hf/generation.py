@@ -128,7 +128,15 @@ def _masks_for_generate(model: Any, **kwargs: Any) -> Any:
 
 def _candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Transformers' own candidate generator; the cache learns how many candidates may be taken back at once."""
-    return _expected(type(model)._get_candidate_generator(model, *args, **kwargs), kwargs)
+    generator = _expected(type(model)._get_candidate_generator(model, *args, **kwargs), kwargs)
+    if not hasattr(model.config, "num_hidden_layers"):  # early exit lowers it for the draft, and puts it back
+        generator.get_candidates = functools.partial(_counted, model, generator.get_candidates)
+    return generator
+
+
+def _counted(model: Any, get_candidates: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with layers_counted(model.config, len(model._leet.spec)):
+        return get_candidates(*args, **kwargs)
 
 
 def _expected(generator: Any, arguments: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from .packing import Packing, find_packing, packing_arguments
 from .shapes import CacheSpec
-from .upgrade import new_cache, seen_tokens, upgrade
+from .upgrade import new_cache, recurrent_layers, seen_tokens, upgrade
 from .versions import (
     CACHE,
     cache_argument,
@@ -68,8 +68,8 @@ def prepare(
     """The first half of a base model's forward, whatever its family: embeddings, cache, packing, positions, masks.
 
     base: has `config` and the binding `_leet`, whose spec says which layers are recurrent. layer_types: LINEAR or
-    SOFTMAX for each layer that runs (fewer than the spec has: early exit). Raises ValueError for a cache of another kind, model
-    or batch, and for packed sequences that can not be told apart; nothing is changed then.
+    SOFTMAX for each layer that runs (fewer than the spec has: early exit). Raises ValueError for a cache of another
+    kind, model or batch, and for packed sequences that can not be told apart; nothing is changed then.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids and inputs_embeds: exactly one of them must be given")
@@ -146,6 +146,19 @@ def decoder_forward(
             **ready.arguments,
         )
     return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: ready.cache})
+
+
+def real_positions(mask: Any, tokens: int, cache: Any) -> Tensor | None:
+    """Positions of the last `tokens` tokens that count real ones only, [B, tokens], where a 2-D mask tells them.
+
+    mask [B, past + tokens], 0 at pads. None where it is another mask, or one that does not cover the past.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    past = cache is not None and any(layer.has_tokens for layer in recurrent_layers(cache))
+    if mask.shape[1] < tokens or (past and mask.shape[1] == tokens):
+        return None
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, mask.shape[1] - tokens :]
 
 
 def _check_rows(cache: Any, batch: int) -> None:

@@ -62,6 +62,15 @@ def beginnings(seq_idx: Tensor) -> Tensor:
     return torch.cat([first, seq_idx[:, 1:] != seq_idx[:, :-1]], dim=1)
 
 
+def sequence_positions(position_ids: Tensor, seq_idx: Tensor | None) -> Tensor:
+    """Positions [B, T] from the beginning of each sequence, also where packed ones were numbered through."""
+    if seq_idx is None:
+        return position_ids
+    packing = find_packing(None, seq_idx, None, *seq_idx.shape, look_at_positions=False)
+    assert packing is not None
+    return packing.positions
+
+
 def packing_arguments(arguments: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     """(cu_seq_lens_q, seq_idx) among a forward's keyword arguments."""
     return arguments.get("cu_seq_lens_q"), arguments.get("seq_idx")

@@ -132,6 +132,7 @@ def _plan(model: nn.Module, method: str) -> list[_Host]:
         if adapter is not None:
             host = _plan_host(name, module, adapter, method)
             if host is not None:
+                _check_heads(model, host)
                 hosts.append(host)
     if not hosts:
         raise UnsupportedModelError(_unsupported(model))
@@ -188,6 +189,24 @@ def _plan_layer(
     return LayerBinding(adapter, index, decay, method)
 
 
+def _check_heads(model: nn.Module, host: _Host) -> None:
+    """Before the forward of a model that generates is replaced: nobody else may have done so."""
+    if "forward" in host.binding.adapter.head_methods:
+        for name, head in _heads(model, host.module):
+            if not _is_patched(head):
+                _check_module(name or "model", head, None)
+
+
+def _heads(model: nn.Module, base: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The models around a base model that generate."""
+    # On the class: a PEFT wrapper passes attributes of the model inside on as its own.
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(type(module), "_prepare_cache_for_generation") and getattr(module, "base_model", None) is base
+    ]
+
+
 def _check_module(path: str, module: nn.Module, misfit: str | None) -> None:
     kind = type(module).__name__
     if misfit is not None:
@@ -235,12 +254,10 @@ def _apply(host: _Host, model: nn.Module, undo: list[Callable[[], None]]) -> Non
     if not _is_patched(base):
         undo.append(lambda: _restore(base))
         _install(base, adapter.base_forward, host.binding)
-    for module in model.modules():
-        # On the class: a PEFT wrapper passes attributes of the model inside on as its own.
-        generates = hasattr(type(module), "_prepare_cache_for_generation")
-        if generates and getattr(module, "base_model", None) is base and not _is_patched(module):
-            undo.append(lambda module=module: restore_generation(module))  # type: ignore[misc]
-            install_generation(module, host.binding)
+    for _, head in _heads(model, base):
+        if not _is_patched(head):
+            undo.append(lambda head=head: restore_generation(head))  # type: ignore[misc]
+            install_generation(head, host.binding)
 
 
 def _install(module: nn.Module, function: Callable[..., object], binding: Binding) -> None:

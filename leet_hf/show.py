@@ -166,7 +166,11 @@ def show_environment(console: Console) -> None:
 
 def show_models(console: Console) -> None:
     """The families that patch_model knows, what it recognises them by, and the formula of their decay."""
-    table = Table("family", "linear layer", "base model", "decay", title="Supported models", title_justify="left")
+    table = Table(title="Supported models", title_justify="left", show_lines=True)
+    table.add_column("family", no_wrap=True)
+    for column in ("linear layer", "base model", "decay"):
+        table.add_column(column, overflow="fold")
     for adapter in reversed(adapters()):
-        table.add_row(adapter.name, adapter.layer_class, adapter.base_class, escape(adapter.decay_formula))
+        classes = (name.replace(" or ", "\n") for name in (adapter.layer_class, adapter.base_class))
+        table.add_row(adapter.name, *classes, escape(adapter.decay_formula))
     console.print(table)

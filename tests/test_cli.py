@@ -114,11 +114,15 @@ def test_env_names_versions_devices_and_why_methods_can_not_run() -> None:
 
 
 def test_models_names_every_adapter() -> None:
-    result = invoke("models")
-    assert result.exit_code == 0, result.output
+    """In full, where there is room; the names of families in full everywhere."""
+    narrow, wide = invoke("models", width=80), invoke("models", width=250)
+    assert narrow.exit_code == wide.exit_code == 0, narrow.output + wide.output
     assert adapters.adapters()
     for adapter in adapters.adapters():
-        assert adapter.name in result.output
+        assert f" {adapter.name} " in narrow.output
+        for words in (adapter.name, *adapter.layer_class.split(" or "), *adapter.base_class.split(" or ")):
+            assert words in wide.output
+        assert adapter.decay_formula in wide.output
 
 
 def test_the_main_page_lists_every_mode_and_family() -> None:

@@ -12,7 +12,6 @@ from transformers import (
     MiniMaxModel,
 )
 
-import leet_hf.patch
 import tiny
 from leet_hf import (
     patch_model,
@@ -20,6 +19,7 @@ from leet_hf import (
     unpatch_model,
 )
 from leet_hf.host import decoder_forward
+from leet_hf.layer import layer_forward
 from patching import IDS, lightning, outputs, same
 
 
@@ -55,7 +55,7 @@ def test_hooks_of_accelerate(order: str) -> None:
         for slot in ("forward", "_old_forward"):
             forward = ours.__dict__.get(slot)
             while forward is not None:
-                assert getattr(forward, "func", None) not in (leet_hf.patch.layer_forward, decoder_forward)
+                assert getattr(forward, "func", None) not in (layer_forward, decoder_forward)
                 forward = getattr(forward, "__wrapped__", None)
 
 

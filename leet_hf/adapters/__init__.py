@@ -7,6 +7,7 @@ from .bailing import BailingAdapter
 from .base import Adapter, Decay, Projected
 from .minimax import MiniMaxAdapter
 from .minimax_text_01 import MiniMaxText01Adapter
+from .retnet_fla import FlaRetNetAdapter
 from .sala import HypeNetAdapter, SalaAdapter
 
 __all__ = [
@@ -51,3 +52,4 @@ register_adapter(BailingAdapter())
 register_adapter(SalaAdapter())
 register_adapter(HypeNetAdapter())
 register_adapter(MiniMaxText01Adapter())
+register_adapter(FlaRetNetAdapter())

@@ -14,7 +14,7 @@ from ..hosts.bailing import bailing_forward, bailing_layer_forward
 from ..shapes import RecurrentShape, SoftmaxShape
 from ..slots import stored_tensor
 from .base import Adapter, Decay, Projected
-from .common import agree, lacks, rotate_half
+from .common import agree, is_a, lacks, rotate_half
 
 CLASSES = ("BailingMoeV2LinearAttention", "BailingMoeV2_5LinearAttention")
 
@@ -22,9 +22,9 @@ CLASSES = ("BailingMoeV2LinearAttention", "BailingMoeV2_5LinearAttention")
 class BailingAdapter(Adapter):
     """`BailingMoeV2LinearAttention` and `BailingMoeV2_5LinearAttention`, in remote code of inclusionAI's repositories.
 
-    One projection, laid out as all q, then all k, then all v; RMSNorm of q and k per head, rope on the first channels,
-    scale D^-0.5; RMSNorm over groups of channels, times the sigmoid of a gate, then the output projection (inclusionAI's
-    `modeling_bailing_moe_v2_5.py`).
+    One projection, laid out as all q, then all k, then all v; RMSNorm of q and k per head, rope on the first
+    channels, scale D^-0.5; RMSNorm over groups of channels, times the sigmoid of a gate, then the output projection
+    (inclusionAI's `modeling_bailing_moe_v2_5.py`).
     """
 
     name = "bailing"
@@ -35,7 +35,7 @@ class BailingAdapter(Adapter):
     layer_forward = staticmethod(bailing_layer_forward)
 
     def owns_layer(self, module: nn.Module) -> bool:
-        return any(cls.__name__ in CLASSES for cls in type(module).__mro__)
+        return any(is_a(module, name) for name in CLASSES)
 
     def owns_base(self, module: nn.Module) -> bool:
         """By structure: the published base models have several names."""
@@ -60,7 +60,7 @@ class BailingAdapter(Adapter):
         made = getattr(layer.query_key_value, "out_features", wide)
         if made != wide:
             return f"its query_key_value gives {made} channels where its heads need {wide}"
-        if getattr(layer.config, "linear_silu", False) and not _has_silu(layer):
+        if getattr(layer.config, "linear_silu", False) and not is_a(layer, CLASSES[0]):
             return "its config.linear_silu is set, which the published forward of this class does not read"
         return None
 
@@ -138,10 +138,6 @@ def _partly_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rope on as many of the first channels as cos has."""
     turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     return torch.cat([turned * cos + rotate_half(turned) * sin, kept], dim=-1)
-
-
-def _has_silu(layer: nn.Module) -> bool:
-    return any(cls.__name__ == "BailingMoeV2LinearAttention" for cls in type(layer).__mro__)
 
 
 def _softmax_lacks(attention: nn.Module) -> str | None:

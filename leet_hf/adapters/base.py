@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..layer import layer_forward
 from ..shapes import CacheSpec, RecurrentShape, SoftmaxShape
+from .common import is_a
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Adapter(ABC):
     forward; a family whose decoder layers call theirs in another way wraps the common one. softmax_forward: replaces
     the forward of softmax layers that know only the host's own caches; None where they know standard ones.
     decay_formula: in words, for people. head_methods: by name, what replaces methods of a model that generates, where
-    its own know nothing of standard caches.
+    its own know nothing of standard caches; its "forward" may be among them.
     """
 
     name: str
@@ -61,11 +62,11 @@ class Adapter(ABC):
 
     def owns_layer(self, module: nn.Module) -> bool:
         """Whether a module is, by its class, a recurrent layer of this family."""
-        return _is_a(module, self.layer_class)
+        return is_a(module, self.layer_class)
 
     def owns_base(self, module: nn.Module) -> bool:
         """Whether a module is, by its class, a base model of this family."""
-        return _is_a(module, self.base_class)
+        return is_a(module, self.base_class)
 
     def owns_softmax(self, attention: nn.Module) -> bool:
         """Whether the forward of an attention module is replaced by `softmax_forward`."""
@@ -117,8 +118,3 @@ class Adapter(ABC):
     @abstractmethod
     def finish(self, layer: nn.Module, o: Tensor, hidden_states: Tensor, rest: Any) -> Tensor:
         """The operator's output o [B, T, H, V] to the layer's output [B, T, hidden]."""
-
-
-def _is_a(module: nn.Module, class_name: str) -> bool:
-    # By the whole MRO: FSDP2 and others derive a class per module.
-    return any(cls.__name__ == class_name for cls in type(module).__mro__)

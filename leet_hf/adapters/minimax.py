@@ -12,10 +12,7 @@ from ..host import LINEAR, decoder_forward
 from ..shapes import RecurrentShape, SoftmaxShape
 from ..slots import stored_tensor
 from .base import Adapter, Decay, Projected
-
-# A formula in float32 and a buffer that was rounded to 16 bits agree within this. The absolute part is for float16,
-# which can not hold the slopes of the last layer; as a decay it is immaterial for a hundred thousand tokens.
-ROUNDING, TINY = 2.0**-7, 2.0**-24
+from .common import agree, lacks
 
 
 class MiniMaxAdapter(Adapter):
@@ -36,10 +33,10 @@ class MiniMaxAdapter(Adapter):
             "qkv_proj", "act_fn", "norm", "output_gate", "out_proj", "slope_rate",
             "head_dim", "num_attention_heads", "num_hidden_layers", "layer_idx",
         )  # fmt: skip
-        return _lacks(layer, needed)
+        return lacks(layer, needed)
 
     def base_misfit(self, base: nn.Module) -> str | None:
-        lacking = _lacks(base, ("embed_tokens", "layers", "norm", "rotary_emb", "config"))
+        lacking = lacks(base, ("embed_tokens", "layers", "norm", "rotary_emb", "config"))
         if lacking is not None:
             return lacking
         config: Any = base.config
@@ -69,8 +66,7 @@ class MiniMaxAdapter(Adapter):
             raise ValueError(
                 f"slope_rate has {len(slopes)} entries for {len(formula)} heads: give the layer one slope per head"
             )
-        apart = max(abs(s + g) - ROUNDING * abs(g) for s, g in zip(slopes, formula, strict=True))
-        if apart <= TINY:
+        if agree([-slope for slope in slopes], formula):
             return Decay(formula, f"formula {self.decay_formula}")
         if not all(0 <= slope < float("inf") for slope in slopes):
             raise ValueError("slope_rate holds a negative, infinite or NaN slope: load the layer's buffers again")
@@ -87,8 +83,3 @@ class MiniMaxAdapter(Adapter):
     def finish(self, layer: Any, o: Tensor, hidden_states: Tensor, rest: Any) -> Tensor:
         gate = torch.sigmoid(layer.output_gate(hidden_states))
         return layer.out_proj(gate * layer.norm(o.flatten(-2)))
-
-
-def _lacks(module: nn.Module, names: tuple[str, ...]) -> str | None:
-    lacking = [name for name in names if not hasattr(module, name)]
-    return f"it has no {', '.join(lacking)}" if lacking else None

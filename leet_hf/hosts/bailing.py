@@ -11,7 +11,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..host import LINEAR, Prepared, prepare
 from ..versions import CACHE, cache_argument, merge_with_config_defaults
-from .remote import Record, attend_in, context, kinds_of, run_layer
+from .remote import Record, attend_in, context, given_or, kinds_of, run_layer
 
 
 @dataclass
@@ -40,9 +40,9 @@ def bailing_forward(
 ) -> Any:
     """What the host's base model does, with a DynamicCache or StaticCache, and with packed sequences.
 
-    Arguments as in the host, `cache_position` unread; `past_key_values` and `cache` are two names of one argument. Layers
-    that predict further tokens (`num_nextn_predict_layers`) run in training alone, as in the host. The attention of a
-    recurrent layer, where attentions are asked for, is its state [B, H, K, V]. Raises ValueError as
+    Arguments as in the host, `cache_position` unread; `past_key_values` and `cache` are two names of one argument.
+    Layers that predict further tokens (`num_nextn_predict_layers`) run in training alone, as in the host. The attention
+    of a recurrent layer, where attentions are asked for, is its state [B, H, K, V]. Raises ValueError as
     `leet_hf.host.prepare`, and for training such layers without input_ids.
     """
     further = self.layers[len(self._leet.spec) :] if self.training else []
@@ -74,7 +74,7 @@ def bailing_forward(
     predicted = None
     if len(further):
         predicted = _predict_further(self, further, input_ids, hidden_states, ready, embeddings, options, record)
-    output = BailingModelOutput(
+    made = BailingModelOutput(
         last_hidden_state=hidden_states,
         hidden_states=record.hidden_states,
         attentions=record.attentions,
@@ -82,8 +82,7 @@ def bailing_forward(
         mtp_hidden_states=predicted,
         **{CACHE: ready.cache},
     )
-    wanted = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
-    return output if wanted else output.to_tuple()
+    return given_or(self.config, return_dict, made)
 
 
 def bailing_layer_forward(

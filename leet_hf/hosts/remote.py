@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
 
 from ..host import LINEAR, SOFTMAX, Prepared
 from ..layer import layer_forward
@@ -48,6 +50,26 @@ def attend_in(
     )  # fmt: skip
 
 
+def positions_alone(layer: Any, hidden_states: Tensor, cache: Any) -> Tensor:
+    """Positions [1, T] for a recurrent layer whose decoder layer was called alone: after the tokens its cache holds."""
+    start = 0 if cache is None else cache.get_seq_length(layer._leet.index)
+    return (torch.arange(hidden_states.shape[1], device=hidden_states.device) + start)[None]
+
+
+def local_mask(mask: Any, hidden_states: Tensor) -> Tensor | None:
+    """Of a 2-D mask [B, past + T], what is about the T tokens at hand; None for other masks."""
+    return mask[:, -hidden_states.shape[1] :] if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def given_or(config: Any, return_dict: bool | None, output: ModelOutput) -> Any:
+    """An output as asked for: as it is, or as a tuple."""
+    wanted = getattr(config, "return_dict", True) if return_dict is None else return_dict
+    return output if wanted else output.to_tuple()
+
+
+_checkpointed = functools.partial(checkpoint, use_reentrant=False)
+
+
 def kinds_of(spec: CacheSpec, count: int) -> list[str]:
     """LINEAR or SOFTMAX for the first `count` layers of a spec."""
     return [LINEAR if isinstance(shape, RecurrentShape) else SOFTMAX for shape in spec[:count]]
@@ -55,9 +77,11 @@ def kinds_of(spec: CacheSpec, count: int) -> list[str]:
 
 def run_layer(base: Any, layer: Callable[..., Any], hidden_states: Tensor, /, **arguments: Any) -> Any:
     """Call a decoder layer; with gradient checkpointing, where the layer does not see to that itself."""
-    checkpoint = getattr(base, "gradient_checkpointing", False) and base.training and torch.is_grad_enabled()
-    if checkpoint and not isinstance(layer, GradientCheckpointingLayer):
-        return base._gradient_checkpointing_func(functools.partial(layer, **arguments), hidden_states)
+    wanted = getattr(base, "gradient_checkpointing", False) and base.training and torch.is_grad_enabled()
+    if wanted and not isinstance(layer, GradientCheckpointingLayer):
+        # Classes from before transformers 4.35 set the flag alone.
+        run = getattr(base, "_gradient_checkpointing_func", None) or _checkpointed
+        return run(functools.partial(layer, **arguments), hidden_states)
     return layer(hidden_states, **arguments)
 
 
@@ -77,7 +101,7 @@ class Record:
 
     @classmethod
     def of(cls, config: Any, hidden_states: Any, attentions: Any, router_logits: Any = False) -> Record:
-        """A record of what is asked for. The arguments are those of a forward: True, False, or None for the config's."""
+        """A record of what is asked for, by a forward's arguments: True, False, or None for what the config says."""
         asked = {
             "hidden_states": wants(hidden_states, config, "output_hidden_states"),
             "attentions": wants(attentions, config, "output_attentions"),

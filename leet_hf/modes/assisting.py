@@ -59,7 +59,7 @@ def _prompt_lookup(model: Any, prompts: Prompts, new: int) -> Answer:
 
 
 def _early_exit(model: Any, prompts: Prompts, new: int) -> Answer:
-    layers = max(1, model.config.num_hidden_layers // 2)
+    layers = max(1, len(model.base_model.layers) // 2)
     model = copy.deepcopy(model)  # generate() shortens the config for the draft and leaves it so if it raises
     return _each(model, prompts, new, assistant_early_exit=layers, settings=DRAFTING)
 

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from ..upgrade import layers_counted
 from ..versions import CACHE, cache_of
 from .base import Answer, Expected, Mode, ModeError, Row
 from .helpers import decode, equal_lengths, generate, joined
@@ -105,7 +106,9 @@ def _no_accelerator() -> str | None:
 
 def _dynamic_given(model: Any, prompts: Prompts, new: int) -> Answer:
     """One cache that knows the model's config, one that does not."""
-    first, _ = generate(model, prompts[:1], new, cache=DynamicCache(config=model.config))
+    with layers_counted(model.config, len(model.base_model.layers)):
+        cache = DynamicCache(config=model.config)
+    first, _ = generate(model, prompts[:1], new, cache=cache)
     second, _ = generate(model, prompts[1:2], new, cache=DynamicCache())
     return Answer(first + second)
 
@@ -119,7 +122,8 @@ def _static_given(model: Any, prompts: Prompts, new: int) -> Answer:
 
 def static_cache(model: Any, prompts: Prompts, new: int) -> StaticCache:
     """A static cache with room for any of the prompts and `new` tokens."""
-    return StaticCache(config=model.config, max_cache_len=max(map(len, prompts)) + new + 3)
+    with layers_counted(model.config, len(model.base_model.layers)):
+        return StaticCache(config=model.config, max_cache_len=max(map(len, prompts)) + new + 3)
 
 
 def _reset(model: Any, prompts: Prompts, new: int) -> Answer:

@@ -55,7 +55,8 @@ def generate(
 ) -> tuple[list[Row], Any]:  # fmt: skip
     """Call model.generate() on left-padded prompts. Returns one Row per returned sequence and generate()'s output.
 
-    cache: to go on with. settings: of the generation config, where generate() takes no such argument. options: of generate().
+    cache: to go on with. settings: of the generation config, where generate() takes no such argument. options: of
+    generate().
     """
     ids, mask = padded(prompts, "left", model.device)
     options = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": new, "do_sample": False} | options

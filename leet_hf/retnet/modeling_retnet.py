@@ -15,9 +15,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from ..generation import GenerationBinding, RecurrentGeneration
-from ..host import HostBinding, prepare
-from ..packing import find_packing
-from ..upgrade import recurrent_layers
+from ..host import HostBinding, prepare, real_positions
+from ..packing import sequence_positions
 from ..versions import CACHE, cache_argument, cache_of, capture_outputs, merge_with_config_defaults
 from .adapter import RetNetAdapter
 from .attention import RetNetAttention
@@ -110,9 +109,9 @@ class RetNetModel(RetNetPreTrainedModel):
         """
         past = cache_argument(past_key_values, cache)
         config, layer_types = self.config, self.config.layer_types
-        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        if position_ids is None:
             tokens = input_ids if input_ids is not None else inputs_embeds
-            position_ids = None if tokens is None else _real_positions(attention_mask, tokens.shape[1], past)
+            position_ids = None if tokens is None else real_positions(attention_mask, tokens.shape[1], past)
         ready = prepare(
             self, layer_types, self.embeddings, input_ids, attention_mask, position_ids, past, inputs_embeds,
             use_cache, kwargs,
@@ -120,7 +119,7 @@ class RetNetModel(RetNetPreTrainedModel):
         hidden_states = self._embedded(ready.hidden_states)
         angles = rotary_angles(config.key_dim, config.rope_theta, config.position_embedding, hidden_states.device)
         cos, sin = rotary_tables(ready.position_ids, angles, hidden_states.dtype)
-        positions = Positions(cos, sin, _counts(ready.position_ids, ready.arguments.get("seq_idx")))
+        positions = Positions(cos, sin, sequence_positions(ready.position_ids, ready.arguments.get("seq_idx")))
         for layer, kind in zip(self.layers, layer_types, strict=False):  # fewer kinds than layers: early exit
             hidden_states = layer(
                 hidden_states,
@@ -204,20 +203,3 @@ class RetNetForCausalLM(RetNetPreTrainedModel, RecurrentGeneration, GenerationMi
 
 class RetNetForSequenceClassification(GenericForSequenceClassification, RetNetPreTrainedModel):
     """RetNet with a classification head on the last token that is no pad."""
-
-
-def _real_positions(mask: Tensor, tokens: int, cache: Any) -> Tensor | None:
-    """Positions [B, tokens] that count real tokens only, or None where the mask does not cover the past."""
-    past = cache is not None and any(layer.has_tokens for layer in recurrent_layers(cache))
-    if mask.shape[1] < tokens or (past and mask.shape[1] == tokens):
-        return None
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, mask.shape[1] - tokens :]
-
-
-def _counts(position_ids: Tensor, seq_idx: Tensor | None) -> Tensor:
-    """Positions from the beginning of each sequence, also where packed ones were numbered through."""
-    if seq_idx is None:
-        return position_ids
-    packing = find_packing(None, seq_idx, None, *seq_idx.shape, look_at_positions=False)
-    assert packing is not None
-    return packing.positions

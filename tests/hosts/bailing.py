@@ -1,9 +1,9 @@
 """Ring / Ling linear 2.0 and 2.5 in plain PyTorch: class, parameter and argument names as in inclusionAI's remote code.
 
 Structure and names from `models/modeling_bailing_moe_v2_5.py` of the repository inclusionAI/Ring-V2.5 (2.5: latent
-attention with a rope of its own) and, for 2.0, from the model card of Ring-mini-linear-2.0 and SGLang's and MLX's loaders
-of its checkpoints (grouped softmax attention on one projection, one rope for both). The linear attention is the full
-matrix; there is no cache: a forward with one raises. Left out: rope scaling, groups of experts, dropout.
+attention with a rope of its own) and, for 2.0, from the model card of Ring-mini-linear-2.0 and SGLang's and MLX's
+loaders of its checkpoints (grouped softmax attention on one projection, one rope for both). The linear attention is the
+full matrix; there is no cache: a forward with one raises. Left out: rope scaling, groups of experts, dropout.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class BailingConfig(PreTrainedConfig):
         num_key_value_heads=2, head_dim=16, use_qkv_bias=True, use_bias=False, rms_norm_eps=1e-6, rope_theta=10000.0,
         partial_rotary_factor=0.5, use_qk_norm=True, linear_silu=False, layer_group_size=3, group_norm_size=2,
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1,
-        num_nextn_predict_layers=0, mtp_loss_scaling_factor=0.3, kv_lora_rank=None, q_lora_rank=None, qk_nope_head_dim=8,
-        qk_rope_head_dim=8, v_head_dim=12, initializer_range=0.2, use_cache=True, output_router_logits=False, **kwargs,
+        num_nextn_predict_layers=0, mtp_loss_scaling_factor=0.3, kv_lora_rank=None, q_lora_rank=None,
+        qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12, initializer_range=0.2, use_cache=True,
+        output_router_logits=False, **kwargs,
     ) -> None:  # fmt: skip
         own = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
         for name, value in own.items():
@@ -271,7 +272,7 @@ class BailingPreTrainedModel(PreTrainedModel):
     config_class = BailingConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["BailingMoeV2DecoderLayer"]
+    _no_split_modules = ["BailingMoeV2DecoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:

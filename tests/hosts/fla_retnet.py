@@ -439,5 +439,6 @@ class RetNetForCausalLM(RetNetPreTrainedModel, FLAUnsupportedCacheGenerationMixi
         if not return_dict:
             return (logits, *outputs[1:]) if loss is None else (loss, logits, *outputs[1:])
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-        )
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )  # fmt: skip
