@@ -99,6 +99,11 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
         self._set_length(length)
         self.has_previous_state[0] = True
 
+    def part(self) -> None:
+        """Go on with a state of its own: one that was shared stays as it is."""
+        if self.state is not None:
+            self.state = self.state.clone()
+
     def count_step(self, tokens: int) -> None:
         """Note a step of the state by `tokens` tokens."""
         assert self.state is not None

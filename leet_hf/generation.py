@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from transformers import Cache
 
 from .cache import SLACK
+from .decoding import PASS, Decoding
 from .host import HostBinding, masks_by_kind
 from .hosts.remote import kinds_of
 from .shapes import CacheSpec
@@ -23,13 +24,15 @@ from .versions import CACHE
 class GenerationBinding:
     """What patching puts on a model that generates. replaced: the names of what it has of its own besides.
 
-    forward: what replaces the model's own, if anything does; had_entry: how to take it off again.
+    forward: what replaces the model's own, if anything does; had_entry: how to take it off again. decoding: the model's
+    recorded decode steps.
     """
 
     spec: CacheSpec
     replaced: tuple[str, ...]
     forward: Callable[..., Any] | None = None
     had_entry: bool = False
+    decoding: Decoding = field(default_factory=Decoding)
 
 
 def install_generation(model: nn.Module, host: HostBinding) -> None:
@@ -67,7 +70,7 @@ def upgrade_cache(cache: Any, model: nn.Module) -> Any:
     return cache
 
 
-def patched_base(model: nn.Module) -> tuple[nn.Module, HostBinding]:
+def patched_base(model: nn.Module) -> tuple[Any, HostBinding]:
     """The one patched base model within a model, and its binding. Raises ValueError if there is none, or several."""
     found = [(module, module.__dict__.get("_leet")) for module in model.modules()]
     hosts = [(module, binding) for module, binding in found if isinstance(binding, HostBinding)]
@@ -92,6 +95,7 @@ class RecurrentGeneration:
         _complete_cache(self, generation_config, model_kwargs)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = _without_pass(kwargs)
         return _expected(super()._get_candidate_generator(*args, **kwargs), kwargs)  # type: ignore[misc]
 
 
@@ -116,6 +120,9 @@ def _complete_cache(model: Any, generation_config: Any, model_kwargs: dict[str, 
             if not layer.record_past:
                 layer.activate_past_recording()
     _set_recording(cache, int(drafted or 0), grows=assists)
+    granted = model._leet.decoding.admit(model, model.base_model, cache)
+    if granted is not None:
+        model_kwargs[PASS] = granted
 
 
 def _masks_for_generate(model: Any, **kwargs: Any) -> Any:
@@ -128,6 +135,7 @@ def _masks_for_generate(model: Any, **kwargs: Any) -> Any:
 
 def _candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Transformers' own candidate generator; the cache learns how many candidates may be taken back at once."""
+    kwargs = _without_pass(kwargs)
     generator = _expected(type(model)._get_candidate_generator(model, *args, **kwargs), kwargs)
     if not hasattr(model.config, "num_hidden_layers"):  # early exit lowers it for the draft, and puts it back
         generator.get_candidates = functools.partial(_counted, model, generator.get_candidates)
@@ -137,6 +145,14 @@ def _candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
 def _counted(model: Any, get_candidates: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with layers_counted(model.config, len(model._leet.spec)):
         return get_candidates(*args, **kwargs)
+
+
+def _without_pass(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A draft gets the model's arguments: all but the right to recorded steps, which is the model's own."""
+    given = arguments.get("model_kwargs", {})
+    if PASS not in given:
+        return arguments
+    return arguments | {"model_kwargs": {name: value for name, value in given.items() if name != PASS}}
 
 
 def _expected(generator: Any, arguments: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from .decoding import through_graphs
 from .packing import Packing, find_packing, packing_arguments
 from .shapes import CacheSpec
 from .upgrade import new_cache, recurrent_layers, seen_tokens, upgrade
@@ -108,6 +109,7 @@ def prepare(
     return Prepared(inputs_embeds, position_ids, masks, cache, arguments)
 
 
+@through_graphs
 @merge_with_config_defaults
 @capture_outputs
 def decoder_forward(

@@ -37,16 +37,18 @@ class _Host:
     softmax: list[tuple[str, nn.Module, SoftmaxBinding]]
 
 
-def patch_model(model: Model, *, method: str = "auto") -> Model:
+def patch_model(model: Model, *, method: str = "auto", decode_graphs: bool = True) -> Model:
     """Make a model's linear-attention layers right and fast: recurrent cache, exact padding and packing, fp32 states.
 
     Replaces the forward of the recognised layers and of their base model on this instance alone, and lets its
     generate() use standard caches. Parameters, buffers, config, class and everything `save_pretrained` writes stay as
-    they are. Patching a patched model, or one of `leet_hf`'s own (RetNet), only sets `method`.
+    they are. Patching a patched model, or one of `leet_hf`'s own (RetNet), only sets `method` and `decode_graphs`.
 
     Args:
         model: a live model, or one that contains it (PEFT, say); before or after `.to()`, with or without device_map.
         method: of the operator: "auto", or a name from `leet_linear_attention.available_methods()`.
+        decode_graphs: whether generate() may record its decode steps as CUDA graphs; `patch_report` says whether it
+            does, and why not. The environment's LEET_DECODE_GRAPHS=0 turns them off too.
 
     Returns:
         The same object.
@@ -68,6 +70,12 @@ def patch_model(model: Model, *, method: str = "auto") -> Model:
     for host in hosts:
         for _, _, binding in host.layers:
             binding.method = method
+    for module in model.modules():
+        generation = module.__dict__.get("_leet")
+        if isinstance(generation, GenerationBinding):
+            generation.decoding.enabled = bool(decode_graphs)
+            if not decode_graphs:
+                generation.decoding.forget()
     return model
 
 
@@ -110,8 +118,10 @@ def patch_report(model: nn.Module) -> PatchReport:
                     reason += ", but is made to use standard caches"
                 layers.append(LayerReport(path, index, "", "", "", "left alone", reason))
     for name, module in model.named_modules():
-        if isinstance(module.__dict__.get("_leet"), GenerationBinding):
+        binding = module.__dict__.get("_leet")
+        if isinstance(binding, GenerationBinding):
             lines.append(f"{name or 'model'} ({type(module).__name__}): generate() prepares standard caches")
+            lines.append(binding.decoding.describe(module, module.base_model))
     return PatchReport(tuple(layers), tuple(lines))
 
 

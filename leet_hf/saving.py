@@ -195,15 +195,10 @@ def _fill(layer: Any, about: dict[str, Any], tensors: dict[str, Tensor], device:
 
 def _device(attention: torch.nn.Module) -> torch.device:
     """Where a layer computes."""
-    hook = getattr(attention, "_hf_hook", None)
-    execution = getattr(hook, "execution_device", None)
-    if execution is not None:
-        return torch.device(execution)
-    found = next((p.device for p in attention.parameters() if p.device.type != "meta"), None)
-    if found is None:  # offloaded child by child
-        hooks = (getattr(module, "_hf_hook", None) for module in attention.modules())
-        found = next((h.execution_device for h in hooks if getattr(h, "execution_device", None) is not None), "cpu")
-    return torch.device(found)
+    held = [p.device for p in attention.parameters() if p.device.type != "meta"]
+    hooks = [getattr(module, "_hf_hook", None) for module in attention.modules()]  # of accelerate, where offloaded
+    execution = [device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None]
+    return torch.device([*execution, *held, "cpu"][0])
 
 
 # Reading and refusing.

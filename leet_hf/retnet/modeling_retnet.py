@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from ..decoding import through_graphs
 from ..generation import GenerationBinding, RecurrentGeneration
 from ..host import HostBinding, prepare, real_positions
 from ..packing import sequence_positions
@@ -81,6 +82,7 @@ class RetNetModel(RetNetPreTrainedModel):
         self._leet = HostBinding(adapter, adapter.cache_spec(self))
         self.post_init()
 
+    @through_graphs
     @merge_with_config_defaults
     @capture_outputs
     def forward(

@@ -1,0 +1,285 @@
+"""Decode graphs: the forwards of a generate() call as recorded steps, where a model and a call allow it.
+
+generate() calls the model once per token; on a GPU the host's part of that, hundreds of launches, takes many times
+longer than reading weights and states. A step is therefore recorded (as a CUDA graph) and replayed. Everything a step
+reads or writes has a fixed address: its inputs, and the states and keys of the cache, which an arena lends.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .arena import Arena, key_of
+from .cache import BUFFER, RecurrentLayer
+from .growing import LEAST, GrowingLayer
+from .obstacles import obstacle, state_of
+from .recording import Recorder, recorder_for
+from .step import Step
+from .versions import cache_argument
+
+PASS = "leet_decoding"  # the keyword by which generate() of an admitted call reaches the base model's forward
+MOST_TOKENS = BUFFER  # of one recorded step; more pay for their launches themselves
+MOST_BYTES = 200 << 20  # of all recordings of a model
+KEPT_SHARE = 1 / 8  # of the device's memory, for states and keys kept between calls
+# Arguments of a base model's forward that a recorded step knows.
+_KNOWN = {
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "use_cache", "return_dict",
+    "logits_to_keep",
+}  # fmt: skip
+
+
+class Pass:
+    """One generate() call's right to recorded steps. It lives as long as the call, which is how its end is known."""
+
+    def __init__(self, decoding: Decoding) -> None:
+        self.decoding = decoding
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pass:
+        return self
+
+
+def through_graphs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a base model's forward be replaced by recorded steps within the generate() calls that were admitted."""
+
+    @functools.wraps(forward)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        granted = kwargs.pop(PASS, None)
+        if granted is None or args or torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        return granted.decoding.run(self, forward, kwargs, granted)
+
+    return wrapped
+
+
+class Decoding:
+    """The recorded steps of one generating model, kept from call to call, per batch size.
+
+    enabled: False, or the environment's LEET_DECODE_GRAPHS=0, turns them off. recorder_for: what records for a device.
+    """
+
+    recorder_for: Callable[[torch.device], Recorder | str] = staticmethod(recorder_for)
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.refused: str | None = None  # why the last call that had none had no recorded steps
+        self.lock = threading.RLock()
+        self._granted: weakref.ref[Pass] | None = None
+        self.forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decoding:
+        return self._fresh()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.enabled,)
+
+    def _fresh(self) -> Decoding:
+        new = type(self)(self.enabled)
+        if "recorder_for" in self.__dict__:
+            new.recorder_for = self.recorder_for
+        return new
+
+    def forget(self) -> None:
+        """Drop all recordings and the tensors they use; caches that have these go on with them."""
+        with self.lock:
+            self.arenas: dict[Any, Arena] = {}
+            self.recorder: Recorder | None = None
+            self.full = False
+            self._current: Arena | None = None
+            self._model_state: Any = None
+
+    # Admission: once per generate() call.
+
+    def refusal(self, model: Any, base: Any) -> str | None:
+        """Why calls of this model as it is now get no recorded steps, or None."""
+        if not self.enabled:
+            return "turned off by decode_graphs=False"
+        if os.environ.get("LEET_DECODE_GRAPHS") == "0":
+            return "turned off by LEET_DECODE_GRAPHS=0"
+        reason = obstacle(model, base)
+        if reason is None and self.recorder is None:
+            recorder = self.recorder_for(next(base.parameters()).device)
+            if isinstance(recorder, str):
+                return recorder
+            self.recorder = recorder
+        return reason
+
+    def admit(self, model: Any, base: Any, cache: Any) -> Pass | None:
+        """A pass for a generate() call with this cache, which is made ready for it; None where it has to do without."""
+        reason = self.refusal(model, base)
+        if reason is None:
+            reason = _cache_obstacle(cache, base._leet.spec)
+        self.refused = reason
+        if reason is not None:
+            return None
+        state = state_of(base)
+        with self.lock:
+            if state != self._model_state:
+                recorder = self.recorder if not self.arenas else None
+                self.forget()
+                self._model_state, self.recorder = state, recorder
+                if self.recorder is None and (reason := self.refusal(model, base)) is not None:
+                    self.refused = reason
+                    return None
+        cache.layers = [GrowingLayer.of(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        return Pass(self)
+
+    def describe(self, model: Any, base: Any) -> str:
+        """One line for people."""
+        reason = self.refusal(model, base)
+        if reason is not None:
+            return f"decode graphs: not used: {reason}"
+        steps = [step for arena in self.arenas.values() for step in arena.recordings.values()]
+        recorded = sum(step.recorded is not None for step in steps)
+        size = 0 if self.recorder is None else self.recorder.nbytes
+        last = "" if self.refused is None else f"; not used in the last call: {self.refused}"
+        return f"decode graphs: on, {recorded} recorded, {size / 2**20:.0f} MB{last}"
+
+    # Running: once per forward of an admitted call.
+
+    def run(self, base: Any, forward: Callable[..., Any], arguments: dict[str, Any], granted: Pass) -> Any:
+        """What `forward(base, **arguments)` returns, by a recorded step where these arguments allow it."""
+        cache = cache_argument(arguments.get("past_key_values"), arguments.get("cache"))
+        if not _serves(base, cache, arguments):
+            return forward(base, **arguments)
+        ids, mask = arguments["input_ids"], arguments.get("attention_mask")
+        rows, tokens = ids.shape
+        with self.lock:
+            recurrent = [layer for layer in cache.layers if isinstance(layer, RecurrentLayer)]
+            length = int(cache.get_seq_length())
+            if mask is not None and mask.shape != (rows, length + tokens):
+                return forward(base, **arguments)
+            if self._busy(granted):
+                return forward(base, **arguments)
+            for layer in recurrent:
+                layer.ready(rows, tokens, layer.state.keys.dtype, ids.device)  # type: ignore[union-attr]
+            arena = self._arena_for(cache, base._leet.spec, length + tokens)
+            self._current, self._granted = arena, weakref.ref(granted)
+            step = self._step(arena, base, forward, arguments, length)
+            step.fill(ids, arguments["position_ids"], mask, length)
+            hidden = self._advance(step, base).clone()
+            for layer in cache.layers:
+                (layer.count_step if isinstance(layer, RecurrentLayer) else layer.advance)(tokens)
+            return step.output(hidden, cache)
+
+    def _busy(self, granted: Pass) -> bool:
+        """Whether another call, not over yet, is using recorded steps: the two would take the tensors in turns."""
+        other = None if self._granted is None else self._granted()
+        return other is not None and other is not granted
+
+    def _arena_for(self, cache: Any, spec: Any, needed: int) -> Arena:
+        """The arena that the cache is bound to, with room for `needed` tokens."""
+        arena = self._current
+        if arena is None or not arena.has(cache) or (arena.capacity and arena.capacity < needed):
+            arena = self.arenas.pop(key_of(cache), None)
+            if arena is None or (arena.capacity and arena.capacity < needed):
+                for layer in cache.layers:
+                    if isinstance(layer, GrowingLayer):
+                        layer.reserve(needed)
+                arena = Arena(cache, spec)
+            arena.bind(cache)
+            self.arenas[arena.key] = arena  # the last one used is the last one
+            self._trim(arena)
+        return arena
+
+    def _trim(self, used: Arena) -> None:
+        """Keep what fits the share of memory for states between calls, the arenas used last."""
+        if used.device.type != "cuda":
+            return
+        allowed = KEPT_SHARE * torch.cuda.get_device_properties(used.device).total_memory
+        for key in [*self.arenas]:
+            if sum(arena.nbytes for arena in self.arenas.values()) <= allowed:
+                return
+            if self.arenas[key] is not used:
+                del self.arenas[key]
+        used.forget_with_holder(self.forget)
+
+    def _step(
+        self, arena: Arena, base: Any, forward: Callable[..., Any], arguments: dict[str, Any], length: int
+    ) -> Step:
+        tokens = arguments["input_ids"].shape[1]
+        window = 0
+        if arena.capacity:
+            window = min(arena.capacity, max(LEAST, 1 << (length + tokens - 1).bit_length()))
+        padded = arguments.get("attention_mask") is not None and bool(window)
+        key = (tokens, window, padded, arguments["position_ids"].shape[0])
+        step = arena.recordings.get(key)
+        if step is None:
+            step = arena.recordings[key] = Step(arena, base, forward, *key)
+        return step
+
+    def _advance(self, step: Step, base: Any) -> torch.Tensor:
+        """Run a step: the first time as it is (kernels compile), the second time record it, then replay."""
+        if step.recorded is None and step.refused is None and step.runs:
+            step.refused = self._record(step, base)
+        step.runs += 1
+        if step.refused is not None:
+            self.refused = step.refused
+        return step.run(base) if step.recorded is None else step.recorded.replay()
+
+    def _record(self, step: Step, base: Any) -> str | None:
+        """Record a step that has run; why it can not be, or None."""
+        assert self.recorder is not None
+        full = f"more recordings would hold over {MOST_BYTES >> 20} MB"
+        if self.full:
+            return full
+        try:
+            recorded = self.recorder.record(functools.partial(step.run, base))
+        except Exception as error:  # whatever a host's modules do that can not be recorded
+            first = (str(error).splitlines() or [""])[0]
+            return f"recording failed ({type(error).__name__}: {first})"
+        if self.recorder.nbytes > MOST_BYTES:
+            self.full = True
+            return full
+        step.recorded = recorded
+        return None
+
+
+def _cache_obstacle(cache: Any, spec: Any) -> str | None:
+    """Why a cache can not be used with recorded steps."""
+    if type(cache) is not DynamicCache:
+        return f"the cache is a {type(cache).__name__}: recorded steps work on a DynamicCache"
+    if cache.offloading:
+        return "the cache is offloaded"
+    if len(cache.layers) != len(spec):
+        return f"{len(cache.layers)} of {len(spec)} layers run (early exit)"
+    for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, GrowingLayer) and type(layer) not in (RecurrentLayer, DynamicLayer):
+            return f"cache layer {index} is a {type(layer).__name__}"
+    return None
+
+
+def _serves(base: Any, cache: Any, arguments: dict[str, Any]) -> bool:
+    """Whether a forward is one that steps are recorded for: a few tokens after others, nothing out of the ordinary."""
+    ids, positions, mask = (arguments.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
+    if ids is None or positions is None or cache is None or torch.is_grad_enabled() or base.training:
+        return False
+    tokens = ids.shape[1]
+    if not 1 <= tokens <= MOST_TOKENS or positions.dim() != 2 or positions.shape[1] != tokens:
+        return False
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2 or tokens > 1):
+        return False
+    if any(isinstance(value, torch.Tensor) or value for name, value in arguments.items() if name not in _KNOWN):
+        return False
+    if arguments.get("return_dict") is False or torch.is_autocast_enabled(ids.device.type):
+        return False
+    if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    for layer in cache.layers:
+        if isinstance(layer, RecurrentLayer):
+            state = layer.state
+            if state is None or not layer.has_tokens or layer.graph is not None or tokens > state.buffer:
+                return False
+            if state.base.shape[0] != ids.shape[0] or state.base.device != ids.device:
+                return False
+        elif not isinstance(layer, GrowingLayer) or layer.graph is not None:
+            return False
+    return True

@@ -1,0 +1,73 @@
+"""What stands in the way of recording a model's decode steps, and what a recording depends on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .layer import LayerBinding
+from .shapes import SoftmaxShape
+
+ATTENTIONS = ("sdpa", "eager")  # implementations whose masks a recorded step makes
+
+
+def obstacle(model: Any, base: Any) -> str | None:
+    """Why decode steps of a model can not be recorded as it is now, in words, or None. Changes nothing."""
+    home = getattr(type(model).forward, "__module__", "")
+    if not home.startswith(("transformers.", "leet_hf.")):
+        return (
+            f"{type(model).__name__} is code of {home.split('.')[0]}, which may not hand on what a recorded step needs"
+        )
+    if model.training:
+        return "the model is in training mode"
+    for flag in ("output_attentions", "output_hidden_states", "output_router_logits"):
+        if getattr(base.config, flag, False):
+            return f"config.{flag} asks for more than a recorded step gives"
+    if any(isinstance(shape, SoftmaxShape) for shape in base._leet.spec):
+        attention = base.config._attn_implementation
+        if attention not in ATTENTIONS:
+            return f"softmax layers use {attention!r}: recorded steps make masks for {' and '.join(ATTENTIONS)}"
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not getattr(quantizer, "is_compileable", False):
+        return f"{type(quantizer).__name__} does not allow it"
+    return _module_obstacle(base) or _tensor_obstacle(base)
+
+
+def _module_obstacle(base: nn.Module) -> str | None:
+    for name, module in base.named_modules():
+        name = name or "the base model"
+        if hasattr(module, "_hf_hook"):
+            return f"{name} has a hook of accelerate (device_map with several devices, or offloading)"
+        if any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__):
+            return f"{name} is an adapter's {type(module).__name__} (PEFT), which may change between calls"
+        if module._compiled_call_impl is not None:
+            return f"{name} is compiled"
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            # Transformers leaves hooks behind that do nothing unless outputs are recorded.
+            if "output_capturing_hook" not in getattr(hook, "__qualname__", ""):
+                return f"{name} has a forward hook ({getattr(hook, '__qualname__', type(hook).__name__)})"
+    return None
+
+
+def _tensor_obstacle(base: nn.Module) -> str | None:
+    devices = set()
+    for name, parameter in base.named_parameters():
+        if hasattr(parameter, "placements"):
+            return f"{name} is sharded over processes"
+        devices.add(parameter.device)
+    if len(devices) != 1:
+        return f"weights are on {len(devices)} devices"
+    return None
+
+
+def state_of(base: nn.Module) -> tuple[Any, ...]:
+    """Everything about a model that a recording has built in: if it differs, recordings are void."""
+    tensors = [x.data_ptr() for x in (*base.parameters(), *base.buffers())]
+    first = next(base.parameters())
+    forwards = [id(module.__dict__.get("forward")) for module in base.modules()]
+    bindings = (module.__dict__.get("_leet") for module in base.modules())
+    methods = [binding.method for binding in bindings if isinstance(binding, LayerBinding)]
+    config: Any = base.config
+    settings = (config._attn_implementation, getattr(config, "sliding_window", None))
+    return (first.dtype, first.device, settings, *tensors, *forwards, *methods)

@@ -1,0 +1,74 @@
+"""Recording a function of the GPU once and replaying it: a CUDA graph, and what there must be to make one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# Two captures at once would share torch's capture stream.
+_capturing = threading.Lock()
+
+
+class Recorded(Protocol):
+    """A function that was recorded on tensors that stay where they are."""
+
+    def replay(self) -> Tensor:
+        """Run it on what these tensors hold now. The result is overwritten by the next replay."""
+
+
+class Recorder(Protocol):
+    """Makes recordings, none of which runs anything, and says how much memory they hold."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all recordings hold, beside the tensors they were given."""
+
+    def record(self, function: Callable[[], Tensor]) -> Recorded:
+        """Record a function that has run before (kernels are compiled then), without running it."""
+
+
+class _CudaGraph:
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor) -> None:
+        self._graph, self._output = graph, output
+
+    def replay(self) -> Tensor:
+        self._graph.replay()
+        return self._output
+
+
+class CudaRecorder:
+    """Records CUDA graphs of one device, which share one memory pool: they never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._bytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._bytes
+
+    def record(self, function: Callable[[], Tensor]) -> Recorded:
+        with _capturing, torch.cuda.device(self._device):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # as torch.cuda.graph will: what is reserved more afterwards is the graph's
+            before = torch.cuda.memory_reserved()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads go on working with the GPU meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output = function()
+            self._bytes += max(0, torch.cuda.memory_reserved() - before)
+            return _CudaGraph(graph, output)
+
+
+def recorder_for(device: torch.device) -> Recorder | str:
+    """What records for a device, or why nothing can."""
+    if device.type != "cuda":
+        return f"the model is on {device.type}: graphs are of CUDA devices"
+    if torch.version.hip is not None:
+        return "PyTorch was built for ROCm: graphs are of CUDA devices"
+    return CudaRecorder(device)

@@ -1,0 +1,87 @@
+"""One decode step of a base model on tensors that stay where they are: what is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arena import Arena, StepSoftmax
+from .cache import lasting_tensors
+from .experts import experts_set_to, recordable_experts
+from .recording import Recorded
+from .versions import CACHE
+
+
+class Step:
+    """A forward of `tokens` tokens on an arena's tensors, reading its other inputs from buffers of its own.
+
+    window: how many slots the softmax layers look at, 0 where there are none. padded: whether slots of the arena's
+    `padding` are hidden from them. position_rows: 1 or the batch size. run() is what is recorded.
+    """
+
+    def __init__(
+        self, arena: Arena, base: Any, forward: Callable[..., Any],
+        tokens: int, window: int, padded: bool, position_rows: int,
+    ) -> None:  # fmt: skip
+        self._arena, self._forward, self.window, self.padded = arena, forward, window, padded
+        self.experts, self.refused = recordable_experts(base, arena.rows * tokens)
+        self.runs = 0
+        self.recorded: Recorded | None = None
+        self._output_type: Any = None
+        with lasting_tensors():
+            self.ids = torch.zeros(arena.rows, tokens, dtype=torch.int64, device=arena.device)
+            self.positions = torch.zeros(position_rows, tokens, dtype=torch.int64, device=arena.device)
+
+    def fill(self, ids: Tensor, positions: Tensor, mask: Tensor | None, length: int) -> None:
+        """Put the inputs of the next run where it reads them. mask: [B, length + T], 0 at pads."""
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
+        if self.window:
+            self._arena.length.fill_(length)
+            if self.padded:
+                assert mask is not None
+                self._arena.padding[:, : mask.shape[1]].copy_(mask)
+
+    @torch.no_grad()
+    def run(self, base: Any) -> Tensor:
+        """Last hidden states [B, T, hidden] of the tokens, which are added to the arena's tensors. Asks no device."""
+        masks: dict[str, Tensor | None] = {"linear_attention": None}
+        if self.window:
+            slots = self._arena.length + torch.arange(self.ids.shape[1], device=self.ids.device)
+            for layer in self._arena.layers:
+                if isinstance(layer, StepSoftmax):
+                    layer.slots, layer.window = slots, self.window
+            masks["full_attention"] = self._mask(base, slots)
+        with experts_set_to(base, self.experts):
+            output = self._forward(
+                base,
+                input_ids=self.ids,
+                attention_mask=masks,
+                position_ids=self.positions,
+                use_cache=True,
+                **{CACHE: self._arena.cache},
+            )
+        self._output_type = type(output)
+        return output.last_hidden_state
+
+    def output(self, hidden_states: Tensor, cache: Any) -> Any:
+        """What the base model's forward returns for these hidden states."""
+        return self._output_type(last_hidden_state=hidden_states, **{CACHE: cache})
+
+    def _mask(self, base: Any, slots: Tensor) -> Tensor:
+        """Which of `window` slots each token sees, [B or 1, 1, T, window]: True, or 0 and -inf elsewhere."""
+        there = torch.arange(self.window, device=slots.device)
+        seen = there <= slots[:, None]
+        sliding = getattr(base.config, "sliding_window", None)
+        if sliding is not None:
+            seen &= there > slots[:, None] - sliding
+        seen = seen[None, None]
+        if self.padded:
+            seen = seen & self._arena.padding[:, None, None, : self.window]
+        if base.config._attn_implementation == "eager":
+            dtype = next(base.parameters()).dtype
+            return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
+        return seen
