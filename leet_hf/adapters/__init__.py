@@ -8,6 +8,7 @@ from .base import Adapter, Decay, Projected
 from .minimax import MiniMaxAdapter
 from .minimax_text_01 import MiniMaxText01Adapter
 from .retnet_fla import FlaRetNetAdapter
+from .transnormer import TransnormerAdapter
 from .sala import HypeNetAdapter, SalaAdapter
 
 __all__ = [
@@ -53,3 +54,4 @@ register_adapter(SalaAdapter())
 register_adapter(HypeNetAdapter())
 register_adapter(MiniMaxText01Adapter())
 register_adapter(FlaRetNetAdapter())
+register_adapter(TransnormerAdapter())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,27 @@ def agree(log_decays: Sequence[float], formula: Sequence[float]) -> bool:
     """Whether log_decays, perhaps rounded to 16 bits, are those of a formula."""
     pairs = zip(log_decays, formula, strict=True)
     return all(abs(have - want) <= ROUNDING * abs(want) + TINY for have, want in pairs)
+
+
+def decay_of_slopes(
+    slopes: Tensor, depth: float, formula: tuple[float, ...], words: str
+) -> tuple[tuple[float, ...], str]:
+    """Log decays and their source, where a base model holds the slopes of all layers and scales them by their depth.
+
+    The formula's (words: in words) where the slopes are its, whatever they were cast to, or are on the meta device,
+    made there while weights were loaded. Raises ValueError for slopes that are no decays of that many heads.
+    """
+    if slopes.device.type == "meta":
+        return formula, f"formula {words}"
+    held = slopes.detach().double().flatten().tolist()
+    if len(held) != len(formula):
+        raise ValueError(f"the base model has {len(held)} slopes for {len(formula)} heads: give it one per head")
+    if not all(0 < slope < math.inf for slope in held):
+        raise ValueError("the base model's slopes hold one that is not positive and finite: make them again")
+    own = tuple(-slope * depth for slope in held)
+    if agree(own, formula):
+        return formula, f"formula {words}"
+    return own, "the base model's slopes, which are not the formula's, * (1 - l/(L-1) + 1e-5)"
 
 
 def rotate_half(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ..hosts.softmax import softmax_forward
 from ..hosts.tables import tables_lack
 from ..shapes import RecurrentShape, SoftmaxShape
 from .base import Adapter, Decay, Projected
-from .common import agree, lacks
+from .common import decay_of_slopes, lacks
 
 VERSIONS = ("MiniMaxText01", "MiniMaxM1")
 
@@ -97,20 +96,7 @@ class MiniMaxText01Adapter(Adapter):
         layers = len(base.layers)
         index = next(i for i, (_, attention) in enumerate(self.attentions(base)) if attention is layer)
         formula = formulas.minimax_text_01(layer.num_heads, index, layers)
-        if base.slopes.device.type == "meta":  # made there while weights were loaded; no checkpoint has them
-            return Decay(formula, f"formula {self.decay_formula}")
-        slopes = base.slopes.detach().double().flatten().tolist()
-        if len(slopes) != layer.num_heads:
-            raise ValueError(
-                f"the base model has {len(slopes)} slopes for {layer.num_heads} heads: give it one per head"
-            )
-        if not all(0 < slope < math.inf for slope in slopes):
-            raise ValueError("the base model's slopes hold one that is not positive and finite: make them again")
-        depth = 1 - index / (layers - 1) + 1e-5
-        own = tuple(-slope * depth for slope in slopes)
-        if agree(own, formula):
-            return Decay(formula, f"formula {self.decay_formula}")
-        return Decay(own, "the base model's slopes, which are not the formula's, * (1 - l/(L-1) + 1e-5)")
+        return Decay(*decay_of_slopes(base.slopes, 1 - index / (layers - 1) + 1e-5, formula, self.decay_formula))
 
     def scale(self, layer: Any) -> float:
         return 1.0

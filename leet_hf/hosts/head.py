@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -51,7 +51,7 @@ def head_forward(
         "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
         "logits_to_keep": logits_to_keep,
     }  # fmt: skip
-    return _own_forward(self, named | kwargs, cache_argument(past_key_values, cache))
+    return own_forward(self, named | kwargs, cache_argument(past_key_values, cache))
 
 
 def strict_head_forward(
@@ -82,13 +82,14 @@ def strict_head_forward(
         "output_router_logits": output_router_logits, "seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q,
         "cu_seq_lens_k": cu_seq_lens_k, "max_length_q": max_length_q, "max_length_k": max_length_k,
     }  # fmt: skip
-    return _own_forward(self, named, cache_argument(past_key_values, cache))
+    return own_forward(self, named, cache_argument(past_key_values, cache))
 
 
-def _own_forward(model: Any, arguments: dict[str, Any], past: Any) -> Any:
-    packing = {name: value for name in PACKING if (value := arguments.pop(name, None)) is not None}
+def own_forward(model: Any, arguments: dict[str, Any], past: Any, handed: Sequence[str] = PACKING) -> Any:
+    """Call the forward of the model's class. handed: which arguments it does not know; they go with the cache."""
+    apart = {name: value for name in handed if (value := arguments.pop(name, None)) is not None}
     given = {name: value for name, value in arguments.items() if value is not None}
-    return type(model).forward(model, past_key_values=Handed(past, packing) if packing else past, **given)
+    return type(model).forward(model, past_key_values=Handed(past, apart) if apart else past, **given)
 
 
 def _reorder_cache(model: Any, cache: Any, beam_idx: Tensor) -> Any:
