@@ -18,6 +18,8 @@ from .cache import RecurrentLayer, lasting_tensors
 from .growing import GrowingLayer
 from .shapes import CacheSpec, RecurrentShape
 
+TENSORS = ("base", "keys", "values", "log_decays", "cursor")  # of a DecodeState
+
 
 class Arena:
     """States and key-value buffers of one batch at fixed addresses, and the recordings that use them.
@@ -86,6 +88,21 @@ class Arena:
                 own.take(layer)
         self._holder = weakref.ref(cache)
 
+    def snapshot(self) -> Callable[[], None] | None:
+        """What puts the states back as they are now; None where there is no memory for a copy."""
+        own = [layer.state for layer in self.layers if isinstance(layer, StepRecurrent)]
+        try:
+            kept = [(state, state.clone()) for state in own]
+        except torch.OutOfMemoryError:
+            return None
+
+        def restore() -> None:
+            for state, copied in kept:
+                for name in TENSORS:
+                    getattr(state, name).copy_(getattr(copied, name))
+
+        return restore
+
     def _wait_for_last_stream(self) -> None:
         """Work of the last holder may still be queued on another stream."""
         if self.device.type == "cuda":
@@ -126,7 +143,7 @@ class StepRecurrent(RecurrentLayer):
         own, theirs = self.state, layer.state
         assert theirs is not None
         with torch.no_grad():
-            for name in ("base", "keys", "values", "log_decays", "cursor"):
+            for name in TENSORS:
                 getattr(own, name).copy_(getattr(theirs, name))
         layer.state = _sharing(own)
 

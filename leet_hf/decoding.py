@@ -38,10 +38,13 @@ _KNOWN = {
 
 
 class Pass:
-    """One generate() call's right to recorded steps. It lives as long as the call, which is how its end is known."""
+    """One generate() call's right to recorded steps. It lives as long as the call, which is how its end is known.
 
-    def __init__(self, decoding: Decoding) -> None:
-        self.decoding = decoding
+    masked: how many tokens its attention mask said something about; those that follow are no pads.
+    """
+
+    def __init__(self, decoding: Decoding, masked: int) -> None:
+        self.decoding, self.masked = decoding, masked
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pass:
         return self
@@ -112,8 +115,11 @@ class Decoding:
             self.recorder = recorder
         return reason
 
-    def admit(self, model: Any, base: Any, cache: Any) -> Pass | None:
-        """A pass for a generate() call with this cache, which is made ready for it; None where it has to do without."""
+    def admit(self, model: Any, base: Any, cache: Any, mask: Any = None) -> Pass | None:
+        """A pass for a generate() call with this cache, which is made ready for it; None where it has to do without.
+
+        mask: the call's attention mask [B, T], or None.
+        """
         reason = self.refusal(model, base)
         if reason is None:
             reason = _cache_obstacle(cache, base._leet.spec)
@@ -130,7 +136,7 @@ class Decoding:
                     self.refused = reason
                     return None
         cache.layers = [GrowingLayer.of(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        return Pass(self)
+        return Pass(self, 0 if mask is None else mask.shape[1])
 
     def describe(self, model: Any, base: Any) -> str:
         """One line for people."""
@@ -155,7 +161,7 @@ class Decoding:
         with self.lock:
             recurrent = [layer for layer in cache.layers if isinstance(layer, RecurrentLayer)]
             length = int(cache.get_seq_length())
-            if mask is not None and mask.shape != (rows, length + tokens):
+            if mask is not None and (mask.shape != (rows, length + tokens) or length < granted.masked):
                 return forward(base, **arguments)
             if self._busy(granted):
                 return forward(base, **arguments)
@@ -165,7 +171,10 @@ class Decoding:
             self._current, self._granted = arena, weakref.ref(granted)
             step = self._step(arena, base, forward, arguments, length)
             step.fill(ids, arguments["position_ids"], mask, length)
-            hidden = self._advance(step, base).clone()
+            hidden = self._advance(step, base)
+            if hidden is None:
+                return forward(base, **arguments)
+            hidden = hidden.clone()
             for layer in cache.layers:
                 (layer.count_step if isinstance(layer, RecurrentLayer) else layer.advance)(tokens)
             return step.output(hidden, cache)
@@ -216,31 +225,60 @@ class Decoding:
             step = arena.recordings[key] = Step(arena, base, forward, *key)
         return step
 
-    def _advance(self, step: Step, base: Any) -> torch.Tensor:
-        """Run a step: the first time as it is (kernels compile), the second time record it, then replay."""
-        if step.recorded is None and step.refused is None and step.runs:
-            step.refused = self._record(step, base)
-        step.runs += 1
+    def _advance(self, step: Step, base: Any) -> torch.Tensor | None:
+        """Run a step: the first time as it is (kernels compile), the second time record it, then replay.
+
+        None, with nothing changed, if it is none to record: the forward itself is as good then.
+        """
+        if step.recorded is None and step.refused is None and step.proven:
+            self._record(step, base)
+        if step.refused is None and step.recorded is None:
+            return self._try(step, base)
         if step.refused is not None:
             self.refused = step.refused
-        return step.run(base) if step.recorded is None else step.recorded.replay()
+        return None if step.recorded is None else step.recorded.replay()
 
-    def _record(self, step: Step, base: Any) -> str | None:
-        """Record a step that has run; why it can not be, or None."""
+    def _try(self, step: Step, base: Any) -> torch.Tensor | None:
+        """The first run of a step, which finds out whether the host's modules take its inputs."""
+        restore = step.arena.snapshot()
+        while True:
+            try:
+                hidden = step.run(base)
+            except Exception as error:
+                if restore is None:
+                    raise
+                restore()
+                if not step.use_other_experts(base):
+                    self.refused = step.refused = f"a step does not run ({_in_words(error)})"
+                    return None
+            else:
+                step.proven = True
+                return hidden
+
+    def _record(self, step: Step, base: Any) -> None:
+        """Record a step that has run, or note why it can not be."""
         assert self.recorder is not None
         full = f"more recordings would hold over {MOST_BYTES >> 20} MB"
         if self.full:
-            return full
+            step.refused = full
+            return
         try:
             recorded = self.recorder.record(functools.partial(step.run, base))
         except Exception as error:  # whatever a host's modules do that can not be recorded
-            first = (str(error).splitlines() or [""])[0]
-            return f"recording failed ({type(error).__name__}: {first})"
+            if step.use_other_experts(base):
+                step.proven = False  # their kernels have to be there first
+            else:
+                step.refused = f"recording failed ({_in_words(error)})"
+            return
         if self.recorder.nbytes > MOST_BYTES:
             self.full = True
-            return full
-        step.recorded = recorded
-        return None
+            step.refused = full
+        else:
+            step.recorded = recorded
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _cache_obstacle(cache: Any, spec: Any) -> str | None:

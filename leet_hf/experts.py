@@ -22,22 +22,29 @@ def recordable_experts(base: Any, tokens: int) -> tuple[str | None, str | None]:
     newer; elsewhere it waits for the device. "batched_mm" copies the weights of the experts each token chose: right for
     few tokens only.
     """
-    experts = [module for module in base.modules() if _is_experts(module)]
-    if not experts or getattr(base.config, "_experts_implementation", None) not in _ASKING:
-        return None, None
-    weights = [p for module in experts for p in module.parameters(recurse=False) if p.dim() == 3]
-    if not weights:
+    weights = _weights(base)
+    if not weights or getattr(base.config, "_experts_implementation", None) not in _ASKING:
         return None, None
     if all(_groups(weight) for weight in weights):
         return "grouped_mm", None
-    chosen = tokens * int(getattr(base.config, "num_experts_per_tok", 1))
-    copied = chosen * max(weight[0].numel() * weight.element_size() for weight in weights)
+    copied = copied_experts(base, tokens)
     if copied <= MOST_COPIED:
         return "batched_mm", None
     return None, (
         f"a step of {tokens} tokens would copy {copied >> 20} MB of experts' weights a layer, and only bfloat16 on "
         "GPUs of capability 9 has experts in one kernel"
     )
+
+
+def copied_experts(base: Any, tokens: int) -> int:
+    """Bytes of weights that "batched_mm" copies at once in a step of `tokens` tokens."""
+    chosen = tokens * int(getattr(base.config, "num_experts_per_tok", 1))
+    return max((chosen * weight[0].numel() * weight.element_size() for weight in _weights(base)), default=0)
+
+
+def _weights(base: nn.Module) -> list[torch.Tensor]:
+    experts = (module for module in base.modules() if _is_experts(module))
+    return [p for module in experts for p in module.parameters(recurse=False) if p.dim() == 3]
 
 
 @contextmanager

@@ -120,7 +120,8 @@ def _complete_cache(model: Any, generation_config: Any, model_kwargs: dict[str, 
             if not layer.record_past:
                 layer.activate_past_recording()
     _set_recording(cache, int(drafted or 0), grows=assists)
-    granted = model._leet.decoding.admit(model, model.base_model, cache)
+    mask = model_kwargs.get("attention_mask")
+    granted = model._leet.decoding.admit(model, model.base_model, cache, mask)
     if granted is not None:
         model_kwargs[PASS] = granted
 

@@ -218,5 +218,16 @@ def masks_by_kind(
         sliding = getattr(config, "sliding_window", None) is not None
         masks[SOFTMAX] = (create_sliding_window_causal_mask if sliding else create_causal_mask)(**arguments)
     if LINEAR in kinds:
-        masks[LINEAR] = create_recurrent_attention_mask(**arguments)
+        masks[LINEAR] = _mask_of_one_token(embeds, mask)
+        if masks[LINEAR] is None:
+            masks[LINEAR] = create_recurrent_attention_mask(**arguments)
     return masks
+
+
+def _mask_of_one_token(embeds: Tensor, mask: Any) -> Tensor | None:
+    """The mask [B, 1] of a forward of one token, which transformers takes for no pad: a prompt's last chunk may be one."""
+    if embeds.shape[1] != 1 or not isinstance(mask, Tensor) or mask.dim() != 2 or torch.compiler.is_compiling():
+        return None
+    last = mask[:, -1:]
+    # On a GPU asking would wait for it.
+    return None if last.device.type == "cpu" and bool(last.all()) else last

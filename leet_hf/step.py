@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arena import Arena, StepSoftmax
+from leet_linear_attention import step_asks_the_device
+
+from .arena import Arena, StepRecurrent, StepSoftmax
 from .cache import lasting_tensors
-from .experts import experts_set_to, recordable_experts
+from .experts import MOST_COPIED, copied_experts, experts_set_to, recordable_experts
+from .layer import LayerBinding
 from .recording import Recorded
 from .versions import CACHE
 
@@ -26,9 +29,10 @@ class Step:
         self, arena: Arena, base: Any, forward: Callable[..., Any],
         tokens: int, window: int, padded: bool, position_rows: int,
     ) -> None:  # fmt: skip
-        self._arena, self._forward, self.window, self.padded = arena, forward, window, padded
+        self.arena, self._forward, self.window, self.padded = arena, forward, window, padded
         self.experts, self.refused = recordable_experts(base, arena.rows * tokens)
-        self.runs = 0
+        self.refused = self.refused or _state_obstacle(arena, base, tokens)
+        self.proven = False  # whether it has run
         self.recorded: Recorded | None = None
         self._output_type: Any = None
         with lasting_tensors():
@@ -40,18 +44,26 @@ class Step:
         self.ids.copy_(ids)
         self.positions.copy_(positions)
         if self.window:
-            self._arena.length.fill_(length)
+            self.arena.length.fill_(length)
             if self.padded:
                 assert mask is not None
-                self._arena.padding[:, : mask.shape[1]].copy_(mask)
+                self.arena.padding[:, : mask.shape[1]].copy_(mask)
+
+    def use_other_experts(self, base: Any) -> bool:
+        """Go on with experts that run everywhere, after those of one kernel did not; False if there are no others."""
+        few = copied_experts(base, self.ids.numel()) <= MOST_COPIED
+        changed = self.experts == "grouped_mm" and few
+        if changed:
+            self.experts = "batched_mm"
+        return changed
 
     @torch.no_grad()
     def run(self, base: Any) -> Tensor:
         """Last hidden states [B, T, hidden] of the tokens, which are added to the arena's tensors. Asks no device."""
         masks: dict[str, Tensor | None] = {"linear_attention": None}
         if self.window:
-            slots = self._arena.length + torch.arange(self.ids.shape[1], device=self.ids.device)
-            for layer in self._arena.layers:
+            slots = self.arena.length + torch.arange(self.ids.shape[1], device=self.ids.device)
+            for layer in self.arena.layers:
                 if isinstance(layer, StepSoftmax):
                     layer.slots, layer.window = slots, self.window
             masks["full_attention"] = self._mask(base, slots)
@@ -62,7 +74,7 @@ class Step:
                 attention_mask=masks,
                 position_ids=self.positions,
                 use_cache=True,
-                **{CACHE: self._arena.cache},
+                **{CACHE: self.arena.cache},
             )
         self._output_type = type(output)
         return output.last_hidden_state
@@ -80,8 +92,23 @@ class Step:
             seen &= there > slots[:, None] - sliding
         seen = seen[None, None]
         if self.padded:
-            seen = seen & self._arena.padding[:, None, None, : self.window]
+            seen = seen & self.arena.padding[:, None, None, : self.window]
         if base.config._attn_implementation == "eager":
             dtype = next(base.parameters()).dtype
             return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
         return seen
+
+
+def _state_obstacle(arena: Arena, base: Any, tokens: int) -> str | None:
+    """Why a step of the states can not be recorded on a GPU: it would wait for the device."""
+    if arena.device.type != "cuda":
+        return None
+    bindings = (module.__dict__.get("_leet") for module in base.modules())
+    methods = {binding.method for binding in bindings if isinstance(binding, LayerBinding)}
+    for layer in arena.layers:
+        if isinstance(layer, StepRecurrent):
+            for method in sorted(methods):
+                if step_asks_the_device(layer.state, tokens, method):
+                    held = f"{layer.state.buffer} buffered tokens and heads of {layer.shape.key_dim}"
+                    return f"a step of {tokens} tokens by method {method!r} with {held} waits for the device"
+    return None

@@ -274,6 +274,19 @@ def test_what_can_not_be_recorded_runs_as_it_is(how: str, monkeypatch: pytest.Mo
     assert reason in str(patch_report(model))
 
 
+def test_a_step_that_does_not_run_leaves_the_cache_to_the_forward(
+    recorders: list[FakeRecorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = patched(tiny.model("linear-first"))  # the states are ahead of the layer that fails
+
+    def broken(self: Any, base: Any, slots: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(1, 1, 1, 7, dtype=torch.bool)  # no mask of this many slots
+
+    monkeypatch.setattr("leet_hf.step.Step._mask", broken)
+    assert torch.equal(model.generate(ids(2), **OPTIONS), stock_tokens(model, ids(2)))
+    assert replays(recorders) == 0 and "a step does not run (RuntimeError" in str(patch_report(model))
+
+
 def test_copies_and_pickles_of_a_model_have_their_own(recorders: list[FakeRecorder]) -> None:
     model = tiny_retnet.model()
     want = model.generate(ids(1), **OPTIONS)

@@ -112,3 +112,20 @@ def linear_attention_step(
             state.base, state.keys, state.values, state.log_decays, state.cursor,
             float(scale), state.buffer, state.keep, chosen,
         )  # fmt: skip
+
+
+def step_asks_the_device(state: DecodeState, tokens: int, method: str = "auto") -> bool:
+    """Whether a step of T = `tokens` tokens reads the state's counter on the host, so that no CUDA graph can hold it.
+
+    The torch method does; so does a Triton step whose tokens and buffer do not fit a block's shared memory.
+    """
+    device, dtype = state.keys.device, state.keys.dtype
+    if choose(method, device, dtype) == "torch" or choose("auto", device, dtype) == "torch":
+        return True
+    from .triton import tuning
+
+    width_k, width_v = state.base.shape[2:]
+    rows = 1 if tokens == 1 else tuning.block_of(tokens)
+    block_v = tuning.step_config(width_k, width_v).block_v
+    index = device.index if device.type == "cuda" else -1
+    return not tuning.step_fits(rows, state.buffer, width_k, block_v, state.keys.element_size(), index)
