@@ -8,8 +8,9 @@ from .base import Adapter, Decay, Projected
 from .minimax import MiniMaxAdapter
 from .minimax_text_01 import MiniMaxText01Adapter
 from .retnet_fla import FlaRetNetAdapter
-from .transnormer import TransnormerAdapter
+from .retnet_port import PortRetNetAdapter
 from .sala import HypeNetAdapter, SalaAdapter
+from .transnormer import TransnormerAdapter
 
 __all__ = [
     "Adapter",
@@ -54,4 +55,5 @@ register_adapter(SalaAdapter())
 register_adapter(HypeNetAdapter())
 register_adapter(MiniMaxText01Adapter())
 register_adapter(FlaRetNetAdapter())
+register_adapter(PortRetNetAdapter())
 register_adapter(TransnormerAdapter())

@@ -32,8 +32,8 @@ class FlaRetNetAdapter(Adapter):
     head_methods = HEAD_METHODS | {"forward": fla_head_forward}
 
     def owns_layer(self, module: nn.Module) -> bool:
-        """By its class, and by what the port has and FLA has not."""
-        return is_a(module, self.layer_class) and not (hasattr(module, "group_norm") or hasattr(module, "out_proj"))
+        """By its class, and by what FLA's has and the port's has not."""
+        return is_a(module, self.layer_class) and has_parts_of_fla(module)
 
     def owns_base(self, module: nn.Module) -> bool:
         """By its class and by the retention in its blocks."""
@@ -108,6 +108,11 @@ class FlaRetNetAdapter(Adapter):
         if layer.use_output_gate:
             o = o * layer.gate_fn(layer.g_proj(hidden_states))
         return layer.o_proj(o)
+
+
+def has_parts_of_fla(retention: nn.Module) -> bool:
+    """Whether a MultiScaleRetention is FLA's, perhaps with a part missing: the port calls none of its parts so."""
+    return hasattr(retention, "o_proj") or hasattr(retention, "rotary")
 
 
 def _rotary_misfit(rotary: Any, dim: int) -> str | None:

@@ -19,8 +19,8 @@ from .common import decay_of_slopes, lacks
 class TransnormerAdapter(Adapter):
     """`NormLinearAttention` inside `TransnormerModel`, in remote code of OpenNLPLab's repositories.
 
-    One projection to [q | k | v | u], an activation on q and k; in some layers LRPE, which makes [x cos, x sin] of x and
-    so doubles the key dim; scale 1; RMSNorm over all heads, times u, then the output projection
+    One projection to [q | k | v | u], an activation on q and k; in some layers LRPE, which makes [x cos, x sin] of x
+    and so doubles the key dim; scale 1; RMSNorm over all heads, times u, then the output projection
     (`modeling_transnormer.py`). The base model holds the slopes and hands each layer its own, as an argument.
     """
 
