@@ -13,6 +13,7 @@ from .retnet.registration import register_when_loaded
 if TYPE_CHECKING:
     from .adapters import register_adapter
     from .generation import upgrade_cache
+    from .module import DecayLinearAttention
     from .patch import UnsupportedModelError, patch_model, patch_report, unpatch_model
     from .report import PatchReport
     from .saving import load_cache, save_cache
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DecayLinearAttention",
     "PatchReport",
     "UnsupportedModelError",
     "__version__",
@@ -34,6 +36,7 @@ __all__ = [
 
 # Imported at first use: `import leet_hf` alone does not import transformers.
 _HOMES = {
+    "DecayLinearAttention": "module",
     "PatchReport": "report",
     "UnsupportedModelError": "patch",
     "load_cache": "saving",

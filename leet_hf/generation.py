@@ -14,9 +14,10 @@ from .cache import SLACK
 from .decoding import PASS, Decoding
 from .host import HostBinding, masks_by_kind
 from .hosts.remote import kinds_of
+from .module import recurrent_modules
 from .shapes import CacheSpec
 from .slots import has_entry, install_forward, restore_forward
-from .upgrade import layers_counted, recurrent_layers, upgrade
+from .upgrade import layers_counted, recurrent_layers, upgrade, upgrade_layer
 from .versions import CACHE
 
 
@@ -60,12 +61,17 @@ def restore_generation(model: nn.Module) -> None:
 
 
 def upgrade_cache(cache: Any, model: nn.Module) -> Any:
-    """Make a DynamicCache or StaticCache hold the recurrent layers of a patched model, and return it.
+    """Make a DynamicCache or StaticCache hold the recurrent layers of a model, and return it.
 
-    A patched model does this itself at the first forward; this is for a cache that must be complete before, such as one
-    whose prefill is compiled. Raises ValueError, with nothing changed, if the model is not patched or the cache is of
-    another kind or model.
+    model: patched, or with `DecayLinearAttention` layers. Such models do this themselves at the first forward; this is
+    for a cache that must be complete before, such as one whose prefill is compiled. Raises ValueError if the model has
+    no recurrent layers or the cache is of another kind or model; nothing is changed then.
     """
+    own = recurrent_modules(model)
+    if own:
+        for module in own:
+            upgrade_layer(cache, module.layer_idx, module.cache_shape, 0)
+        return cache
     upgrade(cache, patched_base(model)[1].spec)
     return cache
 

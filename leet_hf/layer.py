@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,20 +34,27 @@ class LayerBinding:
 
     def log_decay(self, like: Tensor) -> Tensor | None:
         """The fixed decays [H] on the device of `like`, float32 (float64 for float64) whatever the model's dtype."""
-        if self.decay is None:
-            return None
-        key = (like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
-        tensor = self._tensors.get(key)
-        if tensor is None:
-            with torch.inference_mode(False):
-                tensor = torch.tensor(self.decay.log_decays, dtype=key[1], device=key[0])
-            if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(tensor)  # else CUDA graphs copy it at every replay
-                self._tensors[key] = tensor
-        return tensor
+        return fixed_log_decay(None if self.decay is None else self.decay.log_decays, like, self._tensors)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_tensors": {}}
+
+
+def fixed_log_decay(
+    log_decays: Sequence[float] | None, like: Tensor, kept: dict[tuple[torch.device, torch.dtype], Tensor]
+) -> Tensor | None:
+    """Fixed decays [H] on the device of `like`, float32 (float64 for float64). kept: those made so far."""
+    if log_decays is None:
+        return None
+    key = (like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
+    tensor = kept.get(key)
+    if tensor is None:
+        with torch.inference_mode(False):
+            tensor = torch.tensor(log_decays, dtype=key[1], device=key[0])
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(tensor)  # else CUDA graphs copy it at every replay
+            kept[key] = tensor
+    return tensor
 
 
 def layer_forward(

@@ -44,11 +44,42 @@ def upgrade(cache: Any, spec: CacheSpec, layers_used: int | None = None) -> None
         new = [_layer_for(spec, i, layers, static) for i in range(len(layers))]
         _check_lengths(new)
         layers = new
+    _replace_layers(cache, layers)
+
+
+def _replace_layers(cache: Any, layers: list[Any]) -> None:
     cache.layers = layers
     if cache.offloading and sum(not isinstance(layer, RecurrentLayer) for layer in layers) == 1:
         # Offloading fetches the next softmax layer during the use of this one. A lone layer is its own next: it would
         # be read while it is still being copied, so it stays on the device.
         cache.offloading = False
+
+
+def upgrade_layer(cache: Any, index: int, shape: RecurrentShape, tokens: int) -> RecurrentLayer:
+    """The recurrent layer of a DynamicCache or StaticCache at `index`, put there in the place of one without tokens.
+
+    For one layer of a model whose other layers are not known. tokens: how many the layers before it may hold already,
+    of the forward that is going on. Raises ValueError, with nothing changed, if the cache is of another kind or model.
+    """
+    _check_kind(cache)
+    layers, make = list(cache.layers), cache.layer_class_to_replicate
+    if make is not None:
+        layers += [make() for _ in range(len(layers), index + 1)]
+    if index >= len(layers):
+        _refuse(f"has {len(layers)} layers but the model has a layer {index}")
+    found = layers[index]
+    if isinstance(found, RecurrentLayer) and found.shape == shape:
+        return found
+    for place, layer in enumerate(layers):
+        counts = isinstance(layer, RecurrentLayer) or not isinstance(layer, LinearAttentionCacheLayerMixin)
+        held = layer.get_seq_length() if counts else 0
+        if place != index and int(held) > (tokens if place < index else 0):
+            _refuse(f"is of another model: its layer {place} holds {held} tokens that layer {index} has not seen")
+    static = isinstance(cache, StaticCache) or any(isinstance(layer, StaticLayer) for layer in layers)
+    spec: CacheSpec = (*(SoftmaxShape(0, 0),) * index, shape)  # only its own place is looked at
+    layers[index] = _layer_for(spec, index, layers, static)
+    _replace_layers(cache, layers)
+    return layers[index]
 
 
 @contextmanager

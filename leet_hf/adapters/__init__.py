@@ -32,7 +32,7 @@ def adapters() -> tuple[Adapter, ...]:
 
 
 def register_adapter(adapter: Adapter) -> Adapter:
-    """Make `patch_model` know a family of models. Returns the adapter.
+    """Make `patch_model` know a family of models. Returns the adapter. examples/register_adapter.py shows a whole one.
 
     Raises TypeError if it is no Adapter instance, ValueError if another class has registered its name. Registering an
     instance of the same class again replaces it.
