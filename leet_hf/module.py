@@ -227,9 +227,10 @@ class DecayLinearAttention(nn.Module):
                 "tokens of the cache: give the mask of pads itself, not one made of it for softmax attention "
                 "(transformers.masking_utils has create_recurrent_attention_mask)"
             )
-        if positions is not None and positions[0].shape[-1] > self.head_dim:
+        channels = 0 if positions is None else positions[0].shape[-1]
+        if channels > self.head_dim:
             raise ValueError(
-                f"position_embeddings has {positions[0].shape[-1]} channels, must have {self.head_dim} (head_dim) or less"
+                f"position_embeddings has {channels} channels, must have {self.head_dim} (head_dim) or less"
             )
 
 

@@ -343,7 +343,7 @@ def truth() -> Truth:
 MODES = (
     "greedy", "beam", "left-padding", "chunked-prefill", "middle-padding", "chat", "multi-token", "static-cache",
     "dynamic-cache-given", "static-cache-given", "reset", "batch-select", "reorder", "assisted-recurrent-draft",
-    "assisted-softmax-draft", "prompt-lookup", "lora", "chat-padded-batch", "beams-static",
+    "assisted-softmax-draft", "prompt-lookup", "lora", "chat-padded-batch-in-chunks", "static-left-padding",
 )  # fmt: skip
 
 
