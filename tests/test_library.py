@@ -23,13 +23,15 @@ def arguments(tokens: int, decay: str, grad: bool = True) -> list[torch.Tensor |
 @pytest.mark.parametrize("with_state", [False, True])
 def test_opcheck_forward(decay: str, with_state: bool) -> None:
     q, k, v, g, state = arguments(20, decay)
-    opcheck(OPERATORS.forward.default, (q, k, v, g, state if with_state else None, None, 0.5, with_state, "torch"))
+    opcheck(
+        OPERATORS.forward.default, (q, k, v, g, state if with_state else None, None, 0.5, with_state, False, "torch")
+    )
 
 
 def test_opcheck_forward_packed() -> None:
     q, k, v, g, _ = (x[:1].detach().requires_grad_() for x in arguments(20, "token"))
     bounds = torch.tensor([0, 0, 7, 20], dtype=torch.int32)
-    opcheck(OPERATORS.forward.default, (q, k, v, g, None, bounds, 1.0, True, "torch"))
+    opcheck(OPERATORS.forward.default, (q, k, v, g, None, bounds, 1.0, True, False, "torch"))
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -82,3 +84,9 @@ def test_refusals_are_readable() -> None:
         linear_attention(q.double(), k.double(), v.double(), method="triton")
     reasons = available_methods("cpu")
     assert list(reasons)[:2] == ["torch", "triton"] and reasons["torch"] is None
+
+
+def test_batch_invariance_is_promised_by_triton_alone() -> None:
+    q, k, v, _, _ = arguments(3, "none", grad=False)
+    with pytest.raises(ValueError, match="batch_invariant is True with method 'torch', must be False there"):
+        linear_attention(q, k, v, batch_invariant=True)

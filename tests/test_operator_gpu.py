@@ -144,6 +144,28 @@ def test_other_shapes_do_not_compile_again() -> None:
     assert compiled() == before
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_row_gives_the_same_whatever_else_is_in_the_batch(per_token: bool) -> None:
+    """Bitwise: with batch_invariant also where a few rows alone would be cut into segments."""
+    x = inputs(5000, batch=9, heads=2, per_token=per_token)
+
+    def results(rows: slice, **options: bool) -> list[Tensor]:
+        q, k, v, g = x
+        leaves = [t[rows].clone().requires_grad_() for t in (q, k, v)]
+        g = (g[rows] if per_token else g).clone().requires_grad_(per_token)
+        o, state = linear_attention(*leaves, g, output_final_state=True, **options)
+        assert state is not None
+        wanted = [*leaves, g] if per_token else leaves
+        return [o, state, *torch.autograd.grad(o.float().square().sum() + state.sum(), wanted)]
+
+    for together, alone in zip(
+        results(slice(0, 9), batch_invariant=True), results(slice(4, 5), batch_invariant=True), strict=True
+    ):
+        assert torch.equal(together[4:5], alone)
+    for cut, whole in zip(results(slice(4, 5)), results(slice(4, 5), batch_invariant=True), strict=True):
+        assert (cut.float() - whole.float()).norm() <= 1e-2 * whole.float().norm()
+
+
 def test_offsets_beyond_2_to_the_31() -> None:
     tokens, heads, width = 1_100_000, 16, 128  # 2.25e9 elements a tensor
     if torch.cuda.get_device_properties(0).total_memory < 40e9:

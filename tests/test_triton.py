@@ -42,8 +42,8 @@ def test_sweeps(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("decay", ["none", "head"])
-def test_gradients_of_k_and_v_in_one_launch(decay: str) -> None:
-    """A decay that needs no gradient lets both reversed sweeps share a launch, segmented or not."""
+def test_gradients_with_a_decay_that_needs_none(decay: str) -> None:
+    """The sweeps for k and v share the states of segments, or have a single one."""
     for tokens in (70, 300):
         x = make_inputs(Case(tokens=tokens, decay=decay, heads=(2, 1, 2, 2), batch=1), DEVICE)
         results = []

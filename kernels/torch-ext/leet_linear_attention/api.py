@@ -40,6 +40,7 @@ def linear_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    batch_invariant: bool = False,
     method: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Decayed linear attention: ``S_t = exp(g_t) S_{t-1} + k_t v_t^T``, ``o_t = scale * q_t^T S_t``.
@@ -55,6 +56,8 @@ def linear_attention(
         initial_state: S_0, [B, H, K, V] float32, or [N, H, K, V] with ``cu_seqlens``; None is zero.
         output_final_state: whether to return the last state.
         cu_seqlens: [N + 1] int32 or int64, where the sequences packed in one row (B = 1) begin and end.
+        batch_invariant: give every row bitwise the same outputs and gradients whatever else is in the batch (Triton
+            alone). Sequences are then never cut into segments, which costs time where B * H is small and T is large.
         method: ``"auto"``, or the name of a method (see ``available_methods``).
 
     Returns:
@@ -67,9 +70,13 @@ def linear_attention(
     """
     check_linear_attention(q, k, v, log_decay, scale, initial_state, cu_seqlens)
     chosen = choose(method, q.device, q.dtype)
+    if batch_invariant and chosen != "triton":
+        raise ValueError(
+            f"batch_invariant is True with method {chosen!r}, must be False there: only 'triton' gives this promise"
+        )
     arguments = (
         _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v),
-        log_decay, initial_state, cu_seqlens, float(scale), output_final_state, chosen,
+        log_decay, initial_state, cu_seqlens, float(scale), output_final_state, batch_invariant, chosen,
     )  # fmt: skip
     if not _plain(q, k, v, log_decay, initial_state, cu_seqlens):
         o, final_state = torch.ops.leet_linear_attention.forward(*arguments)

@@ -22,11 +22,12 @@ from .shapes import sequence_count, state_heads
 _library = torch.library.Library("leet_linear_attention", "DEF")
 _library.define(
     "forward(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, "
-    "float scale, bool output_final_state, str method) -> (Tensor, Tensor)"
+    "float scale, bool output_final_state, bool batch_invariant, str method) -> (Tensor, Tensor)"
 )
 _library.define(
     "backward(Tensor do, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, "
-    "Tensor? cu_seqlens, float scale, bool need_log_decay, str method) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? cu_seqlens, float scale, bool need_log_decay, bool batch_invariant, str method) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) base, Tensor(b!) keys, Tensor(c!) values, "
@@ -55,6 +56,11 @@ def _implementation(method: str, name: str) -> Any:
     return function
 
 
+def _invariance(batch_invariant: bool) -> dict[str, bool]:
+    """The argument of methods that know the promise; `api` lets no other method give it."""
+    return {"batch_invariant": True} if batch_invariant else {}
+
+
 def _state_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
@@ -68,11 +74,12 @@ def forward(
     cu_seqlens: Tensor | None,
     scale: float,
     output_final_state: bool,
+    batch_invariant: bool,
     method: str,
 ) -> tuple[Tensor, Tensor | None]:
     """(o, final state if wanted): the forward of a method, past the dispatcher and without gradients."""
     return _implementation(method, "forward")(
-        q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state
+        q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, **_invariance(batch_invariant)
     )  # fmt: skip
 
 
@@ -92,6 +99,7 @@ def _forward_fake(
     cu_seqlens: Tensor | None,
     scale: float,
     output_final_state: bool,
+    batch_invariant: bool,
     method: str,
 ) -> tuple[Tensor, Tensor]:
     heads = state_heads(q, k, v, log_decay, initial_state)
@@ -111,11 +119,12 @@ def backward(
     cu_seqlens: Tensor | None,
     scale: float,
     need_log_decay: bool,
+    batch_invariant: bool,
     method: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, of log_decay if needed and of initial_state if given; past the dispatcher."""
     return _implementation(method, "backward")(
-        do, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, need_log_decay
+        do, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, need_log_decay, **_invariance(batch_invariant)
     )  # fmt: skip
 
 
@@ -136,6 +145,7 @@ def _backward_fake(
     cu_seqlens: Tensor | None,
     scale: float,
     need_log_decay: bool,
+    batch_invariant: bool,
     method: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = _state_dtype(q)
@@ -192,9 +202,9 @@ def _step_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    q, k, v, log_decay, initial_state, cu_seqlens, scale, _, method = inputs
+    q, k, v, log_decay, initial_state, cu_seqlens, scale, _, batch_invariant, method = inputs
     ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
-    ctx.scale, ctx.method = scale, method
+    ctx.scale, ctx.batch_invariant, ctx.method = scale, batch_invariant, method
 
 
 def _differentiate(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Any, ...]:
@@ -202,23 +212,21 @@ def _differentiate(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Any, ...]:
     need_log_decay = log_decay is not None and ctx.needs_input_grad[3]
     dq, dk, dv, dlog_decay, dinitial = torch.ops.leet_linear_attention.backward(
         do, dfinal if dfinal is not None and dfinal.dim() == 4 else None, q, k, v,
-        log_decay, initial_state, cu_seqlens, ctx.scale, need_log_decay, ctx.method,
+        log_decay, initial_state, cu_seqlens, ctx.scale, need_log_decay, ctx.batch_invariant, ctx.method,
     )  # fmt: skip
     dlog_decay = dlog_decay if need_log_decay else None
-    return dq, dk, dv, dlog_decay, dinitial if initial_state is not None else None, *[None] * 4
+    return dq, dk, dv, dlog_decay, dinitial if initial_state is not None else None, *[None] * 5
 
 
 class Differentiable(torch.autograd.Function):
     """The differentiable operator for plain tensors: the same functions, half the dispatcher's time on the host."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-        return forward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        # The context comes first: apart from it, autograd would look up the signature at every call.
         ctx.set_materialize_grads(False)  # a final state without a gradient has None, not a tensor of zeros
-        _setup_context(ctx, inputs, output)
+        _setup_context(ctx, arguments, ())
+        return forward(*arguments)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -229,9 +237,20 @@ class Differentiable(torch.autograd.Function):
             do = q.new_zeros(q.shape[0], q.shape[1], heads, v.shape[-1])
         need_log_decay = log_decay is not None and ctx.needs_input_grad[3]
         gradients = backward(
-            do, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale, need_log_decay, ctx.method
+            do,
+            dfinal,
+            q,
+            k,
+            v,
+            log_decay,
+            initial_state,
+            cu_seqlens,
+            ctx.scale,
+            need_log_decay,
+            ctx.batch_invariant,
+            ctx.method,
         )
-        return *gradients, None, None, None, None
+        return *gradients, *[None] * 5
 
 
 for _name, _function, _fake in (

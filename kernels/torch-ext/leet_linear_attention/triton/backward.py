@@ -6,13 +6,14 @@ and dR obeys the operator's own recurrence with time reversed. So every gradient
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..shapes import sequence_count, state_heads, sum_groups
 from . import tuning
 from .decay_gradient import decay_gradient
-from .launch import chunk_slots, sweep
-from .launcher import device_index
+from .launch import Sweep, Terms, chunk_slots
 
 
 def backward(
@@ -26,6 +27,7 @@ def backward(
     cu_seqlens: torch.Tensor | None,
     scale: float,
     need_log_decay: bool,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of q, k, v (their shapes and dtype), log_decay (its shape, if needed) and initial_state (if given).
 
@@ -42,34 +44,32 @@ def backward(
     if dfinal is not None:
         dfinal = dfinal.contiguous() / scale
 
-    forward_states = backward_states = config = None
+    arguments = (log_decay, heads, cu_seqlens)
+    options: dict[str, Any] = {"scale": scale, "whole": batch_invariant}
+    queries = Sweep(do, v, k, *arguments, transposed=True, **options)
+    values = Sweep(k, q, do, *arguments, reverse=True, **options)
+    config = tuning.with_terms(queries.config) if need_log_decay else None
+    keys = Sweep(v, do, q, *arguments, reverse=True, transposed=True, config=config, **options)
+    chunk_states = terms = None
     if need_log_decay:
-        # The sweeps of dq and dk hold their states [V, K] alike, and with one configuration the same chunks.
-        config = tuning.sweep_config(v.shape[-1], q.shape[-1], q.element_size(), device_index(q))
-        slots = chunk_slots(q.shape[1], sequence_count(q, cu_seqlens), q.shape[0], config.chunk, cu_seqlens is not None)
-        shape = (slots, heads, v.shape[-1], q.shape[-1])
+        # The state before every chunk goes from the pass of dq to that of dk, which has the same chunks.
+        chunk, packed = keys.config.chunk, cu_seqlens is not None
+        slots = chunk_slots(q.shape[1], sequence_count(q, cu_seqlens), q.shape[0], chunk, packed)
         # states outgrow float16's range
         dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
-        forward_states, backward_states = q.new_empty(shape, dtype=dtype), q.new_empty(shape, dtype=dtype)
+        chunk_states = q.new_empty((slots, heads, v.shape[-1], q.shape[-1]), dtype=dtype)
+        terms = Terms(k, q.new_empty((2, keys.tiles, *q.shape[:2], heads), dtype=torch.float32))
 
-    dq, _ = sweep(
-        do, v, k, log_decay, heads, state, cu_seqlens,
-        scale=scale, transposed=True, chunk_states=forward_states, config=config,
-    )  # fmt: skip
-    dk, _ = sweep(
-        v, do, q, log_decay, heads, dfinal, cu_seqlens,
-        scale=scale, reverse=True, transposed=True, chunk_states=backward_states, config=config,
-    )  # fmt: skip
-    dv, dinitial = sweep(
-        k, q, do, log_decay, heads, dfinal, cu_seqlens, scale=scale, reverse=True, final=initial_state is not None
-    )
+    dq, _ = queries.run(state, chunk_states=chunk_states)
+    # Both passes backward in time have the same states, seen from either side.
+    wanted = initial_state is not None
+    segments, dinitial = values.segments(dfinal, wanted)
+    dv, last = values.run(dfinal, final=wanted, segments=segments)
+    dinitial = last if dinitial is None else dinitial
+    dk, _ = keys.run(dfinal, segments=segments, chunk_states=chunk_states, terms=terms)
     if dinitial is not None:
         dinitial *= scale
     dlog_decay = None
-    if need_log_decay:
-        assert log_decay is not None and config is not None
-        assert forward_states is not None and backward_states is not None
-        dlog_decay = decay_gradient(
-            q, k, v, do, log_decay, heads, forward_states, backward_states, cu_seqlens, scale, config.chunk
-        )
+    if terms is not None and log_decay is not None:
+        dlog_decay = decay_gradient(terms.out, log_decay, cu_seqlens, scale, keys.config.chunk)
     return sum_groups(dq, q.shape[2]), sum_groups(dk, k.shape[2]), sum_groups(dv, v.shape[2]), dlog_decay, dinitial

@@ -48,19 +48,6 @@ def dot_narrow(x, y, IS_FP16: tl.constexpr):
 
 
 @triton.jit
-def token_decay(g_ptr, stride_gt, t0, n_valid, C: tl.constexpr, PRECISE: tl.constexpr):
-    """Inclusive running sum of a chunk's log_decay, [C], and its total.
-
-    PRECISE sums in float64: float32 sums of strong decays lose about 1e-4, which float32 results would show.
-    """
-    r = tl.arange(0, C)
-    g = tl.load(g_ptr + (t0 + r) * stride_gt, mask=r < n_valid, other=0.0)
-    if PRECISE:
-        g = g.to(tl.float64)
-    return tl.cumsum(g, 0), tl.sum(g, 0)
-
-
-@triton.jit
 def decayed(S, g):
     """S * exp(g), for a scalar g, with the factor in two float32 parts.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..shapes import state_heads
-from .launch import sweep
+from .launch import Sweep
 
 
 def forward(
@@ -17,8 +17,10 @@ def forward(
     cu_seqlens: torch.Tensor | None,
     scale: float,
     output_final_state: bool,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Decayed linear attention; arguments as ``linear_attention``'s, already checked."""
     heads = state_heads(q, k, v, log_decay, initial_state)
     state = initial_state.contiguous() if initial_state is not None else None
-    return sweep(q, k, v, log_decay, heads, state, cu_seqlens, scale=scale, final=output_final_state)
+    sweep = Sweep(q, k, v, log_decay, heads, cu_seqlens, scale=scale, whole=batch_invariant)
+    return sweep.run(state, final=output_final_state)

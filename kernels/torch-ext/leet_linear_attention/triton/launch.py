@@ -2,113 +2,177 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-import triton
 
 from ..shapes import sequence_count
 from . import tuning
-from .launcher import Launcher, device_index
+from .launcher import Launcher, aligned_strides, device_index
 from .sweep import scan_kernel, sweep_kernel
 
-_Optional = torch.Tensor | None
 _sweep, _scan = Launcher(sweep_kernel), Launcher(scan_kernel)
+
+
+class Segments(NamedTuple):
+    """How a pass is cut in time. starts: the states the segments start from, [N, H, count, X * Y] float32 (None: 1)."""
+
+    count: int
+    length: int
+    starts: torch.Tensor | None = None
+
+
+class Terms(NamedTuple):
+    """What the gradient of log_decay takes of the pass for the gradient of k.
+
+    keys: k [B, T, Hk, Y]. out: [2, tiles, B, T, H] float32.
+    """
+
+    keys: torch.Tensor
+    out: torch.Tensor
 
 
 def chunk_slots(tokens: int, sequences: int, batch: int, chunk: int, packed: bool) -> int:
     """Places for one state per chunk: packed sequences need at most one extra each."""
-    return tokens // chunk + sequences if packed else batch * triton.cdiv(tokens, chunk)
+    return tokens // chunk + sequences if packed else batch * tuning.blocks(tokens, chunk)
 
 
-def aligned_strides(*tensors: torch.Tensor) -> tuple[int, list[int]]:
-    """(A, strides of the first three dimensions over A): A elements are 16 bytes if every stride allows it, else 1."""
-    strides = [s for x in tensors for s in x.stride()[:3]]
-    align = 16 // tensors[0].element_size()
-    if any(s % align for s in strides):
-        return 1, strides
-    return align, [s // align for s in strides]
+class Sweep:
+    """One pass over time: its arguments, and the launches that need them.
 
-
-def sweep(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    c: torch.Tensor,
-    log_decay: torch.Tensor | None,
-    heads: int,
-    state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    *,
-    scale: float = 1.0,
-    reverse: bool = False,
-    transposed: bool = False,
-    final: bool = False,
-    chunk_states: torch.Tensor | None = None,
-    config: tuning.SweepConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One pass over time.
-
-    Args:
-        a, b: [B, T, Ha, X] and [B, T, Hb, X], rows and keys (unit last stride).
-        c: [B, T, Hc, Y], values.
-        log_decay: None, [H] or [B, T, H] float32.
-        heads: H.
-        state: where the pass starts (its end, if ``reverse``), [N, H, X, Y] float32 contiguous, or None.
-        cu_seqlens: [N + 1] or None.
-        transposed: states in memory are [Y, X], as when keys and values have exchanged their places.
-        final: whether the last state is wanted back.
-        chunk_states: [slots, H, X, Y] receives the state that meets each chunk.
-        config: block shapes other than the table's.
-
-    Returns:
-        [B, T, H, Y] in a's dtype; the last state [N, H, X, Y] (or [N, H, Y, X]) float32, or None.
+    a, b: [B, T, Ha, X] and [B, T, Hb, X], rows and keys (unit last stride); c: [B, T, Hc, Y], values. log_decay: None,
+    [H] or [B, T, H] float32. heads: H. reverse: whether it runs backward in time. transposed: states in memory are
+    [Y, X], as when keys and values have exchanged their places. whole: never cut in time. config: block shapes other
+    than the table's.
     """
-    batch, tokens, _, width_x = a.shape
-    width_y = c.shape[-1]
-    index = device_index(a)
-    if config is None:
-        config = tuning.sweep_config(width_x, width_y, a.element_size(), index)
-    sequences = sequence_count(a, cu_seqlens)
-    programs = triton.cdiv(width_y, config.block_y) * sequences * heads
-    count, length = 1, tokens
-    if cu_seqlens is None and chunk_states is None:
-        count, length = tuning.segments(tokens, config.chunk, programs, index)
 
-    out = a.new_empty(batch, tokens, heads, width_y)
-    shape = (sequences, heads, width_y, width_x) if transposed else (sequences, heads, width_x, width_y)
-    state_out = a.new_empty(shape, dtype=torch.float32) if final else None
-    ssx, ssy = (1, width_x) if transposed else (width_y, 1)
-    decay = 0 if log_decay is None else (1 if log_decay.dim() == 1 else 2)
-    sg = log_decay.stride() if log_decay is not None and decay == 2 else (0, 0, 0)
-    group_g = heads // log_decay.shape[-1] if log_decay is not None else 1
-    groups = (heads // a.shape[2], heads // b.shape[2], heads // c.shape[2], group_g)
-    align, strides = aligned_strides(a, b, c)
-    numbers = (tokens, length, count, heads, *groups, scale, *strides, *sg, ssx, ssy)
+    def __init__(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        log_decay: torch.Tensor | None,
+        heads: int,
+        cu_seqlens: torch.Tensor | None,
+        *,
+        scale: float = 1.0,
+        reverse: bool = False,
+        transposed: bool = False,
+        whole: bool = False,
+        config: tuning.SweepConfig | None = None,
+    ) -> None:
+        self.a, self.b, self.c, self.log_decay, self.cu_seqlens = a, b, c, log_decay, cu_seqlens
+        self.heads, self.scale, self.reverse, self.whole = heads, scale, reverse, whole
+        self.batch, self.tokens, _, self.x = a.shape
+        self.y = c.shape[-1]
+        self.index = device_index(a)
+        self.decay = 0 if log_decay is None else (1 if log_decay.dim() == 1 else 2)
+        self.config = config or tuning.sweep_config(self.x, self.y, a.element_size(), self.decay, self.index)
+        self.sequences = sequence_count(a, cu_seqlens)
+        self.parts = tuning.blocks(self.x, self.config.block_x)
+        self.programs = tuning.blocks(self.y, self.config.block_y) * self.sequences * heads  # of each part
+        self.state_strides = (1, self.x) if transposed else (self.y, 1)
+        self.state_shape = (self.y, self.x) if transposed else (self.x, self.y)
 
-    def launch(s_in: _Optional, s_out: _Optional, g_sum: _Optional, with_out: bool) -> None:
+    def segments(self, state: torch.Tensor | None, final: bool) -> tuple[Segments, torch.Tensor | None]:
+        """How to cut this pass, with the states its segments start from, and the last state if there are several.
+
+        state: where the pass starts, [N, H, X, Y] (or transposed) float32 contiguous, or None. final: whether the last
+        state is wanted.
+        """
+        one = Segments(1, max(1, self.tokens))
+        if self.whole or self.programs == 0:
+            return one, None
+        cut = Segments(*tuning.segments(self.tokens, self.config.chunk, self.programs, self.parts, self.index))
+        if cut.count == 1:
+            return one, None
+        # Every segment's own end state and decay, and a scan over them.
+        size = self.x * self.y
+        states = self.a.new_empty((self.sequences, self.heads, cut.count, size), dtype=torch.float32)
+        g_sum = self.a.new_empty((self.sequences, self.heads, cut.count), dtype=torch.float64)
+        self._launch(cut, 0, self.parts, state_out=states, g_sum=g_sum, skip=0 if final else 1)
+        last = self._state() if final else None
+        block = 1024
+        _scan(
+            (self.sequences * self.heads, tuning.blocks(size, block)), self.index,
+            (states, g_sum, state, last), (cut.count, size), (self.reverse, state is not None, final, block), 4, 1,
+        )  # fmt: skip
+        return cut._replace(starts=states), last
+
+    def run(
+        self,
+        state: torch.Tensor | None,
+        *,
+        final: bool = False,
+        segments: Segments | None = None,
+        chunk_states: torch.Tensor | None = None,
+        terms: Terms | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The outputs [B, T, H, Y] in a's dtype, and the last state if wanted (None where ``segments`` were given).
+
+        segments: what `segments` gave for this pass, or for one with the same states in the other order of X and Y.
+        chunk_states: [slots, H, X, Y], receives the state that meets each chunk; with ``terms`` holds those of the
+        opposite pass.
+        """
+        last = None
+        if segments is None:
+            segments, last = self.segments(state, final)
+        one = segments.count == 1
+        if final and one:
+            last = self._state()
+        out = self.a.new_empty(self.batch, self.tokens, self.heads, self.y)
+        if self.programs:
+            for part in range(self.parts):
+                self._launch(
+                    segments, part, 1, out=out, state_in=state if one else segments.starts,
+                    state_out=last if one else None, chunk_states=chunk_states, terms=terms,
+                )  # fmt: skip
+        return out, last
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the state, each of which gives its own terms."""
+        return tuning.blocks(self.y, self.config.block_y) * self.parts
+
+    def _state(self) -> torch.Tensor:
+        return self.a.new_empty((self.sequences, self.heads, *self.state_shape), dtype=torch.float32)
+
+    def _launch(
+        self,
+        segments: Segments,
+        part: int,
+        parts: int,
+        *,
+        out: torch.Tensor | None = None,
+        state_in: torch.Tensor | None = None,
+        state_out: torch.Tensor | None = None,
+        g_sum: torch.Tensor | None = None,
+        chunk_states: torch.Tensor | None = None,
+        terms: Terms | None = None,
+        skip: int = 0,
+    ) -> None:
+        a, b, c, g, config = self.a, self.b, self.c, self.log_decay, self.config
+        d = c if terms is None else terms.keys
+        align, strides = aligned_strides(a, b, c, d)
+        heads = self.heads
         _sweep(
-            (programs * count,), index,
-            (a, b, c, log_decay, out, s_in, s_out, g_sum, chunk_states, cu_seqlens), numbers,
+            (self.programs * parts * (segments.count - skip),), self.index,
             (
-                width_x, width_y, config.chunk, tuning.block_of(width_x), config.block_y, decay, reverse,
-                cu_seqlens is not None, align, with_out, s_in is not None, s_out is not None,
-                chunk_states is not None, g_sum is not None,
-                a.dtype == torch.float32, a.dtype == torch.float16,
+                a, b, c, None if terms is None else d, g, out, state_in, state_out, g_sum, chunk_states,
+                None if terms is None else terms.out, self.cu_seqlens,
+            ),
+            (
+                self.tokens, self.batch * self.tokens, segments.length, segments.count, skip, part, heads,
+                heads // a.shape[2], heads // b.shape[2], heads // c.shape[2], heads // d.shape[2],
+                1 if g is None else heads // g.shape[-1], self.scale, *strides,
+                *(g.stride() if g is not None and self.decay == 2 else (0, 0, 0)), *self.state_strides,
+            ),
+            (
+                self.x, self.y, config.chunk, config.block_x, config.block_y, self.decay, self.reverse,
+                self.cu_seqlens is not None, align, parts, part > 0, config.warps > 4, out is not None,
+                state_in is not None,
+                state_out is not None, chunk_states is not None and terms is None, terms is not None,
+                g_sum is not None, a.dtype == torch.float32, a.dtype == torch.float16,
             ),
             config.warps, config.stages,
         )  # fmt: skip
-
-    if programs == 0:
-        return out, state_out
-    if count == 1:
-        launch(state, state_out, None, True)
-        return out, state_out
-    # Every segment's own end state, the scan over them, and then the outputs from where each segment starts.
-    states = a.new_empty((sequences, heads, count, width_x * width_y), dtype=torch.float32)
-    g_sum = a.new_empty((sequences, heads, count), dtype=torch.float64)
-    launch(None, states, g_sum, False)
-    block = 1024
-    _scan(
-        (sequences * heads, triton.cdiv(width_x * width_y, block)), index,
-        (states, g_sum, state, state_out), (count, width_x * width_y), (reverse, state is not None, final, block), 4, 1,
-    )  # fmt: skip
-    launch(states, None, None, True)
-    return out, state_out

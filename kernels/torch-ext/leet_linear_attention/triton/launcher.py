@@ -18,6 +18,15 @@ def device_index(x: torch.Tensor) -> int:
     return x.device.index if x.is_cuda else -1
 
 
+def aligned_strides(*tensors: torch.Tensor) -> tuple[int, list[int]]:
+    """(A, strides of the first three dimensions over A): A elements are 16 bytes if every stride allows it, else 1."""
+    strides = [s for x in tensors for s in x.stride()[:3]]
+    align = 16 // tensors[0].element_size()
+    if any(s % align for s in strides):
+        return 1, strides
+    return align, [s // align for s in strides]
+
+
 class Launcher:
     """Launches one kernel whose parameters are, in this order, tensors, numbers and constants.
 
@@ -39,41 +48,32 @@ class Launcher:
         constants: tuple[Any, ...],
         warps: int,
         stages: int,
+        registers: int | None = None,
     ) -> None:
-        """Launch a grid of one or two dimensions on a device's current stream; device -1: Triton's interpreter."""
+        """Launch a grid of one or two dimensions on a device's current stream; device -1: Triton's interpreter.
+
+        registers: the most a thread may use; None leaves it to the compiler.
+        """
+        options = {"num_warps": warps, "num_stages": stages}
+        if registers is not None:
+            options["maxnreg"] = registers
         if device < 0:
-            self._first(grid, tensors, numbers, constants, warps, stages)
+            self._kernel[grid](*tensors, *numbers, *constants, **options)
             return
-        begins = 0
-        dtypes: list[torch.dtype | None] = []
-        for x in tensors:
-            if x is None:
-                dtypes.append(None)
-            else:
-                begins |= x.data_ptr()
-                dtypes.append(x.dtype)
-        usual = begins % 16 == 0 and max(numbers) < _INT32
-        key = (device, constants, warps, stages, *dtypes)
+        # Addresses, which the launch takes as they are: of a tensor it would ask for more than that.
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]
+        together = 0
+        for address in addresses:
+            together |= address
+        usual = together % 16 == 0 and max(numbers) < _INT32
+        key = (device, constants, warps, stages, registers, *[None if x is None else x.dtype for x in tensors])
         compiled = self._compiled.get(key) if usual else None
         if torch.cuda.current_device() != device:
             with torch.cuda.device(device):
-                self(grid, device, tensors, numbers, constants, warps, stages)
+                self(grid, device, tensors, numbers, constants, warps, stages, registers)
         elif compiled is not None:
-            blocks = (*grid, 1, 1)
-            compiled[blocks](*tensors, *numbers, *constants)
+            compiled[(*grid, 1, 1)](*addresses, *numbers, *constants)
         else:
-            compiled = self._first(grid, tensors, numbers, constants, warps, stages)
+            compiled = self._kernel[grid](*tensors, *numbers, *constants, **options)
             if usual:
                 self._compiled[key] = compiled
-
-    def _first(
-        self,
-        grid: tuple[int, ...],
-        tensors: tuple[torch.Tensor | None, ...],
-        numbers: tuple[float, ...],
-        constants: tuple[Any, ...],
-        warps: int,
-        stages: int,
-    ) -> Any:
-        launch = self._kernel[grid]
-        return launch(*tensors, *numbers, *constants, num_warps=warps, num_stages=stages)

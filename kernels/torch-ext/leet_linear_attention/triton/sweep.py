@@ -15,32 +15,46 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import decayed, dot, dot_narrow, narrow_dot, token_decay
+from .common import decayed, dot, dot_narrow, narrow_dot
+from .decay_gradient import chunk_terms
 
 
 @triton.jit(
     do_not_specialize=[
-        "T", "segment", "n_segments", "H", "group_a", "group_b", "group_c", "group_g",
-        "sab", "sat", "sah", "sbb", "sbt", "sbh", "scb", "sct", "sch", "sgb", "sgt", "sgh", "ssx", "ssy",
+        "T", "rows", "segment", "n_segments", "skip", "first_x", "H",
+        "group_a", "group_b", "group_c", "group_d", "group_g",
+        "sab", "sat", "sah", "sbb", "sbt", "sbh", "scb", "sct", "sch", "sdb", "sdt", "sdh", "sgb", "sgt", "sgh",
+        "ssx", "ssy",
     ]
 )  # fmt: skip
 def sweep_kernel(
-    a_ptr, b_ptr, c_ptr, g_ptr, out_ptr, s_in_ptr, s_out_ptr, g_sum_ptr, chunks_ptr, cu_ptr,
-    T, segment, n_segments, H, group_a, group_b, group_c, group_g, scale,
-    sab, sat, sah, sbb, sbt, sbh, scb, sct, sch, sgb, sgt, sgh, ssx, ssy,
+    a_ptr, b_ptr, c_ptr, d_ptr, g_ptr, out_ptr, s_in_ptr, s_out_ptr, g_sum_ptr, chunks_ptr, terms_ptr, cu_ptr,
+    T, rows, segment, n_segments, skip, first_x, H, group_a, group_b, group_c, group_d, group_g, scale,
+    sab, sat, sah, sbb, sbt, sbh, scb, sct, sch, sdb, sdt, sdh, sgb, sgt, sgh, ssx, ssy,
     X: tl.constexpr, Y: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_OUT: tl.constexpr, HAS_S_IN: tl.constexpr, HAS_S_OUT: tl.constexpr, HAS_CHUNKS: tl.constexpr,
-    SEGMENTED: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr, PARTS: tl.constexpr,
+    ADD: tl.constexpr, APART: tl.constexpr, HAS_OUT: tl.constexpr, HAS_S_IN: tl.constexpr, HAS_S_OUT: tl.constexpr,
+    HAS_CHUNKS: tl.constexpr, HAS_TERMS: tl.constexpr, SEGMENTED: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequences * H * segments * blocks of Y,), blocks fastest.
+    """Grid (sequences * H * (segments - ``skip``) * tiles of the state,), tiles fastest.
 
-    ``X`` is the width of a and b, ``Y`` of c and out; S is [X, Y].
+    ``X`` is the width of a and b, ``Y`` of c and out; S is [X, Y] and a program holds a [BX, BY] tile of it. The launch
+    has PARTS of the blocks of X, from ``first_x`` on; each gives a part of every output, and ADD adds it to what is
+    there. ``rows`` is B * T. ``skip`` leaves out as many segments at the end of the pass. APART: what comes of the state
+    and what comes of the chunk are kept apart until the end.
+
+    HAS_CHUNKS writes the state that meets each chunk, [slots, H, X, Y]. HAS_TERMS reads those of the opposite pass and,
+    with d (as wide as c), writes the terms of the gradient of log_decay, [2, tiles, B, T, H] (see ``decay_gradient``).
     """
-    BLOCKS: tl.constexpr = (Y + BY - 1) // BY
-    i_y = tl.program_id(0) % BLOCKS
-    i_s = (tl.program_id(0) // BLOCKS) % n_segments
-    i_nh = (tl.program_id(0) // BLOCKS // n_segments).to(tl.int64)
+    BLOCKS_Y: tl.constexpr = (Y + BY - 1) // BY
+    TILES: tl.constexpr = BLOCKS_Y * PARTS
+    ALL_TILES: tl.constexpr = BLOCKS_Y * ((X + BX - 1) // BX)
+    i_x = first_x + tl.program_id(0) % TILES // BLOCKS_Y
+    i_y = tl.program_id(0) % BLOCKS_Y
+    i_s = (tl.program_id(0) // TILES) % (n_segments - skip)
+    if REVERSE:
+        i_s += skip
+    i_nh = (tl.program_id(0) // TILES // (n_segments - skip)).to(tl.int64)
     i_n = i_nh // H
     i_h = i_nh % H
 
@@ -54,31 +68,33 @@ def sweep_kernel(
         i_b = i_n
     begin = i_s * segment
     end = tl.minimum(begin + segment, length)
-    n_tokens = tl.maximum(end - begin, 0)
-    n_chunks = tl.cdiv(n_tokens, C)
+    n_chunks = tl.cdiv(tl.maximum(end - begin, 0), C)
 
     # Strides come divided by ALIGN: the product tells the compiler that loads may be 16 bytes wide.
     sat *= ALIGN
     sbt *= ALIGN
     sct *= ALIGN
+    sdt *= ALIGN
     a_ptr += i_b * sab * ALIGN + bos * sat + (i_h // group_a) * sah * ALIGN
     b_ptr += i_b * sbb * ALIGN + bos * sbt + (i_h // group_b) * sbh * ALIGN
     c_ptr += i_b * scb * ALIGN + bos * sct + (i_h // group_c) * sch * ALIGN
     row = (i_b * T + bos) * H + i_h  # of out, [B, T, H, Y] contiguous
-    out_ptr += row * Y
-
-    g_head = 0.0
-    if DECAY == 1:
-        g_head = tl.load(g_ptr + i_h // group_g)
+    if HAS_OUT:
+        out_ptr += row * Y
+    if HAS_TERMS:
+        d_ptr += i_b * sdb * ALIGN + bos * sdt + (i_h // group_d) * sdh * ALIGN
+        i_tile = i_x * BLOCKS_Y + i_y
+        terms_ptr += i_tile.to(tl.int64) * rows * H + row
     if DECAY == 2:
         g_ptr += i_b * sgb + bos * sgt + (i_h // group_g) * sgh
 
     r = tl.arange(0, C)
-    x = tl.arange(0, BX)
+    x = i_x * BX + tl.arange(0, BX)
     y = i_y * BY + tl.arange(0, BY)
     mask_x = x < X
     mask_y = y < Y
     o_state = x[:, None] * ssx + y[None, :] * ssy
+    o_chunk = x[:, None] * Y + y[None, :]
     mask_state = mask_x[:, None] & mask_y[None, :]
     i_state = (i_nh * n_segments + i_s) * X * Y
 
@@ -91,14 +107,16 @@ def sweep_kernel(
     causal = lag >= 0
     if DECAY == 1:
         # one decay per head: the same matrix for every chunk
+        g_head = tl.load(g_ptr + i_h // group_g)
         D = tl.where(causal, tl.exp(g_head * tl.where(causal, lag, 0).to(tl.float32)), 0.0)
         from_start = tl.exp(g_head * (r + 1).to(tl.float32))
+    if DECAY == 2:
+        # The decays of a chunk are loaded a chunk ahead: nothing else hides the way to memory.
+        t0 = (begin + ((n_chunks - 1) * C if REVERSE else 0)).to(tl.int64)
+        g_next = tl.load(g_ptr + (t0 + r) * sgt, mask=r < tl.where(n_chunks > 0, end - t0, 0), other=0.0)
 
     for i in range(0, n_chunks):
-        if REVERSE:
-            i_c = n_chunks - 1 - i
-        else:
-            i_c = i
+        i_c = (n_chunks - 1 - i) if REVERSE else i
         t0 = (begin + i_c * C).to(tl.int64)
         n_valid = tl.minimum(end - begin - i_c * C, C)
         mask_t = r < n_valid
@@ -114,18 +132,20 @@ def sweep_kernel(
             to_end = from_start if REVERSE else to_last
             g_chunk = (g_head.to(tl.float64) if IS_FP32 else g_head) * n_valid
         if DECAY == 2:
-            G, G_end = token_decay(g_ptr, sgt, t0, n_valid, C, IS_FP32)
-            to_row = tl.exp(((G_end - G) if REVERSE else G).to(tl.float32))
-            to_end = tl.exp((G if REVERSE else (G_end - G)).to(tl.float32))
-            g_chunk = G_end
+            # float32 sums of strong decays lose about 1e-4, which float32 results would show
+            g = g_next.to(tl.float64) if IS_FP32 else g_next
+            G = tl.cumsum(g, 0)
+            g_chunk = tl.sum(g, 0)
+            to_row = tl.exp(((g_chunk - G) if REVERSE else G).to(tl.float32))
+            to_end = tl.exp((G if REVERSE else (g_chunk - G)).to(tl.float32))
+            t1 = t0 - C if REVERSE else t0 + C
+            g_next = tl.load(g_ptr + (t1 + r) * sgt, mask=r < tl.where(i + 1 < n_chunks, end - t1, 0), other=0.0)
 
-        if HAS_CHUNKS:
-            # the state that meets this chunk, for the gradient of log_decay
+        if HAS_CHUNKS or HAS_TERMS:
             i_first = (bos // C + i_n) if PACKED else i_n * tl.cdiv(T, C)
             slot = ((i_first + (begin // C) + i_c) * H + i_h) * X * Y
-            tl.store(
-                chunks_ptr + slot + x[:, None] * Y + y[None, :], S.to(chunks_ptr.dtype.element_ty), mask=mask_state
-            )
+        if HAS_CHUNKS:
+            tl.store(chunks_ptr + slot + o_chunk, S.to(chunks_ptr.dtype.element_ty), mask=mask_state)
 
         if HAS_OUT:
             a = tl.load(a_ptr + t0 * sat + (r[:, None] * sat + x[None, :]), mask=tile_x, other=0.0)
@@ -140,12 +160,25 @@ def sweep_kernel(
             o = dot_narrow(a, S, IS_FP16)
             if DECAY != 0:
                 o *= to_row[:, None]
-            o += narrow_dot(A, c, IS_FP16)
-            tl.store(
-                out_ptr + t0 * H * Y + (r[:, None] * (H * Y) + y[None, :]),
-                (o * scale).to(out_ptr.dtype.element_ty),
-                mask=tile_y,
-            )
+            if HAS_TERMS:
+                d = tl.load(d_ptr + t0 * sdt + (r[:, None] * sdt + y[None, :]), mask=tile_y, other=0.0)
+                before = tl.load(chunks_ptr + slot + o_chunk, mask=mask_state, other=0.0)
+                to_query = from_start if DECAY == 1 else tl.exp(G.to(tl.float32))
+                passing, ending = chunk_terms(
+                    A, b, c, d, o, S, before, to_query, tl.exp(g_chunk.to(tl.float32)), n_valid - 1, C, IS_FP16
+                )
+                tl.store(terms_ptr + (t0 + r) * H, passing, mask=mask_t)
+                tl.store(terms_ptr + ALL_TILES * rows.to(tl.int64) * H + (t0 + r) * H, ending, mask=mask_t)
+            if APART:
+                # As a difference: a sum would become one accumulator, whose layout leaves half of eight warps idle.
+                o = o - narrow_dot(-A, c, IS_FP16)
+            else:
+                o += narrow_dot(A, c, IS_FP16)
+            o *= scale
+            to_out = out_ptr + t0 * H * Y + (r[:, None] * (H * Y) + y[None, :])
+            if ADD:
+                o += tl.load(to_out, mask=tile_y, other=0.0).to(tl.float32)
+            tl.store(to_out, o.to(out_ptr.dtype.element_ty), mask=tile_y)
 
         if DECAY != 0:
             S = decayed(S, g_chunk) if IS_FP32 else S * tl.exp(g_chunk)
@@ -156,7 +189,7 @@ def sweep_kernel(
 
     if HAS_S_OUT:
         tl.store(s_out_ptr + i_state + o_state, S, mask=mask_state)
-    if SEGMENTED and i_y == 0:
+    if SEGMENTED and i_x + i_y == 0:
         tl.store(g_sum_ptr + i_nh * n_segments + i_s, g_total)
 
 
@@ -165,7 +198,10 @@ def scan_kernel(
     states_ptr, g_sum_ptr, s_in_ptr, s_out_ptr, n_segments, XY,
     REVERSE: tl.constexpr, HAS_S_IN: tl.constexpr, HAS_S_OUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Turn the segments' own end states into the states segments start from, in place. Grid (sequences * H, blocks)."""
+    """Turn the segments' own end states into the states segments start from, in place. Grid (sequences * H, blocks).
+
+    Without HAS_S_OUT the end state of the last segment of the pass is not read.
+    """
     i_nh = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = e < XY
@@ -175,8 +211,12 @@ def scan_kernel(
     for i in range(0, n_segments):
         i_s = (n_segments - 1 - i) if REVERSE else i
         at = states_ptr + (i_nh * n_segments + i_s) * XY + e
-        own = tl.load(at, mask=mask, other=0.0)
-        tl.store(at, S, mask=mask)
-        S = decayed(S, tl.load(g_sum_ptr + i_nh * n_segments + i_s)) + own
+        if HAS_S_OUT or i + 1 < n_segments:
+            own = tl.load(at, mask=mask, other=0.0)
+            g = tl.load(g_sum_ptr + i_nh * n_segments + i_s)
+            tl.store(at, S, mask=mask)
+            S = decayed(S, g) + own
+        else:
+            tl.store(at, S, mask=mask)
     if HAS_S_OUT:
         tl.store(s_out_ptr + i_nh * XY + e, S, mask=mask)

@@ -14,29 +14,36 @@ import torch
 
 
 class SweepConfig(NamedTuple):
-    """chunk: tokens a step; block_y: columns of the state a program holds; warps, stages: launch options."""
+    """chunk: tokens a step; block_x, block_y: tile of the state a program holds; warps, stages: launch options."""
 
     chunk: int
+    block_x: int
     block_y: int
     warps: int
     stages: int
 
 
+# Chunks divide this, and so do the lengths of segments.
+LONGEST_CHUNK = 64
+# Wider rows take several launches, each of which adds its part to every output: a state twice as tall would leave each
+# program short of registers and of bandwidth to its shared memory.
+_WIDEST_BLOCK = 128
 # (state rows, 16-bit inputs?) -> configuration. float32 products become scalar code: small tiles compile sooner.
 _SWEEP = {
-    (16, True): SweepConfig(64, 64, 4, 3),
-    (32, True): SweepConfig(64, 64, 4, 3),
-    (64, True): SweepConfig(64, 64, 4, 3),
-    (128, True): SweepConfig(64, 64, 4, 3),
-    (256, True): SweepConfig(32, 64, 8, 3),
-    (512, True): SweepConfig(32, 32, 8, 2),
-    (16, False): SweepConfig(32, 32, 4, 2),
-    (32, False): SweepConfig(32, 32, 4, 2),
-    (64, False): SweepConfig(16, 32, 4, 2),
-    (128, False): SweepConfig(16, 32, 4, 2),
-    (256, False): SweepConfig(16, 32, 8, 1),
-    (512, False): SweepConfig(16, 16, 8, 1),
+    (16, True): SweepConfig(64, 16, 64, 4, 3),
+    (32, True): SweepConfig(64, 32, 64, 4, 3),
+    (64, True): SweepConfig(64, 64, 64, 4, 3),
+    (128, True): SweepConfig(64, 128, 64, 4, 3),
+    (16, False): SweepConfig(32, 16, 32, 4, 2),
+    (32, False): SweepConfig(32, 32, 32, 4, 2),
+    (64, False): SweepConfig(16, 64, 32, 4, 2),
+    (128, False): SweepConfig(16, 128, 32, 4, 2),
 }
+
+
+def blocks(count: int, size: int) -> int:
+    """How many blocks of ``size`` hold ``count``; triton.cdiv takes a microsecond on the host."""
+    return -(-count // size)
 
 
 def block_of(width: int) -> int:
@@ -58,16 +65,18 @@ def processors(device_index: int) -> int:
 
 
 @functools.cache
-def sweep_config(x: int, y: int, itemsize: int, device_index: int) -> SweepConfig:
-    """Configuration of a sweep whose state is [x, y]. ``device_index`` -1 stands for Triton's interpreter."""
-    rows = block_of(x)
-    config = _SWEEP[(rows, itemsize == 2)]
+def sweep_config(x: int, y: int, itemsize: int, decay: int, device_index: int) -> SweepConfig:
+    """Configuration of a sweep whose state is [x, y]. ``device_index`` -1 stands for Triton's interpreter.
+
+    decay: 0 none, 1 per head, 2 per token.
+    """
+    config = _SWEEP[(min(block_of(x), _WIDEST_BLOCK), itemsize == 2)]
     # Narrower than 64 columns of 16-bit data, Triton 3.6 can read past its shared memory: a memory checker found it.
     config = config._replace(block_y=min(config.block_y, max(block_of(y), 64 if itemsize == 2 else 16)))
     if device_index < 0:
         return config
     limit = shared_memory(device_index)
-    while _sweep_bytes(config, rows, itemsize) > limit:
+    while _sweep_bytes(config, itemsize) > limit:
         if config.stages > 1:
             config = config._replace(stages=config.stages - 1)
         elif config.block_y > 16:
@@ -79,56 +88,64 @@ def sweep_config(x: int, y: int, itemsize: int, device_index: int) -> SweepConfi
     return config
 
 
-def _sweep_bytes(config: SweepConfig, rows: int, itemsize: int) -> int:
+def with_terms(config: SweepConfig) -> SweepConfig:
+    """The configuration of a pass that also gives the terms of the gradient of log_decay: twice the tiles at once."""
+    return config._replace(warps=8, stages=min(config.stages, 2))
+
+
+def _sweep_bytes(config: SweepConfig, itemsize: int) -> int:
     """Estimate of the shared memory of a sweep: the staged tiles, and the state and products on their way to a dot."""
-    tiles = config.chunk * (2 * rows + config.block_y) * itemsize * config.stages
-    operands = rows * config.block_y * itemsize + config.chunk * config.chunk * itemsize
+    tiles = config.chunk * (2 * config.block_x + config.block_y) * itemsize * config.stages
+    operands = config.block_x * config.block_y * itemsize + config.chunk * config.chunk * itemsize
     return tiles + operands
 
 
-def segments(tokens: int, chunk: int, programs: int, device_index: int) -> tuple[int, int]:
+def segments(tokens: int, chunk: int, programs: int, parts: int, device_index: int) -> tuple[int, int]:
     """(number of segments, tokens in one) for sequences of ``tokens`` when one segment gives ``programs`` programs.
 
-    Segments cost a second reading of keys and values, so they are cut only where the device would stand idle.
+    Segments cost a second reading of keys and values, so they are cut only where the device would stand idle: a
+    program on every processor is enough to keep the memory busy. parts: launches that gain from one such reading.
     """
     if device_index < 0:
         wanted = 2 if tokens > 4 * chunk else 1
     else:
-        wanted = (2 * processors(device_index)) // max(programs, 1)
-    longest = max(1, tokens // (4 * chunk))
-    count = max(1, min(wanted, longest))
-    if count < 3 and device_index >= 0:
+        wanted = processors(device_index) // max(programs, 1)
+    count = max(1, min(wanted, tokens // (4 * chunk)))
+    if count < (3 if parts == 1 else 2) and device_index >= 0:
         count = 1
     length = -(-tokens // count)
-    length = max(1, -(-length // chunk)) * chunk
+    length = max(1, -(-length // LONGEST_CHUNK)) * LONGEST_CHUNK
     return max(1, -(-tokens // length)), length
 
 
 class StepConfig(NamedTuple):
-    """block_v: columns of the state one program of the decode step holds; warps: launch option."""
+    """block_v: columns of the state one program of the decode step holds; warps, registers a thread: launch options."""
 
     block_v: int
     warps: int
+    registers: int | None = None
 
 
 @functools.cache
-def step_config(key_dim: int, value_dim: int) -> StepConfig:
-    """Configuration of the decode step: a tile of about 8192 state entries a program."""
+def step_config(key_dim: int, value_dim: int, rows: int) -> StepConfig:
+    """Configuration of the decode step of ``rows`` (padded) tokens: a tile of about 8192 state entries a program.
+
+    From 64 rows on Triton takes Hopper's wide products, whose tiles must not be narrow (see `sweep_config`).
+    """
     block_v = max(16, min(block_of(value_dim), 64, 8192 // block_of(key_dim)))
-    return StepConfig(block_v, 4)
+    if rows >= 64:
+        return StepConfig(64, 8)
+    return StepConfig(block_v, 4, 128 if rows == 1 or key_dim <= 128 else None)
 
 
-def step_fits(rows: int, buffer: int, key_dim: int, block_v: int, itemsize: int, device_index: int) -> bool:
-    """Whether a decode step of ``rows`` (padded) tokens fits a block's shared memory, by an upper estimate."""
+def step_fits(rows: int, held: int, key_dim: int, block_v: int, itemsize: int, device_index: int) -> bool:
+    """Whether a decode step of ``rows`` new tokens into a buffer of ``held`` fits a block's shared memory.
+
+    Both are padded; an upper estimate.
+    """
     if device_index < 0:
         return True
-    held, width = block_of(buffer), block_of(key_dim)
+    width = block_of(key_dim)
     tokens = (2 * rows + held) * width + (rows + held) * block_v
     products = rows * (rows + held) + width * block_v
     return (tokens + products) * itemsize + held * block_v * 4 <= shared_memory(device_index)
-
-
-def decay_gradient_block(rows: int, value_dim: int, itemsize: int) -> int:
-    """Value columns the gradient of log_decay takes at once beside a chunk's keys of width ``rows``."""
-    wide = 32 if rows > 128 else 64
-    return min(wide if itemsize == 2 else 16, block_of(value_dim))
