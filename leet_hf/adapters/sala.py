@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import decay as formulas
 from ..hosts.head import HEAD_METHODS
 from ..hosts.lightning import (
+    BOUNDS,
     Dialect,
     lightning_forward,
     lightning_layer_forward,
@@ -17,6 +18,7 @@ from ..hosts.lightning import (
     token_places,
 )
 from ..hosts.softmax import softmax_forward
+from ..hosts.sparse import is_sparse, layer_class, sparse_arguments
 from ..hosts.tables import tables_lack, turned
 from ..shapes import RecurrentShape, SoftmaxShape
 from .base import Adapter, Decay, Projected
@@ -134,25 +136,43 @@ def _scaled_embedding(base: Any, input_ids: Tensor) -> Tensor:
     return base.embed_tokens(input_ids) * base.config.scale_emb
 
 
+def _sala_softmax(base: Any, ready: Any, turns: Any, attention_mask: Any) -> dict[str, Any]:
+    attentions = [(i, layer.self_attn) for i, layer in enumerate(base.layers) if is_sparse(layer.self_attn)]
+    if attentions:
+        return sparse_arguments(attentions, ready, attention_mask)
+    return softmax_in_context(base, ready, turns, attention_mask)
+
+
 class SalaAdapter(_LightningAdapter):
     """Inside `MiniCPMSALAModel`, in remote code of openbmb's repositories (`modeling_minicpm_sala.py`).
 
-    Each attention has rope tables of its own. Softmax layers are made to use standard caches and masks.
+    Each attention has rope tables of its own. Softmax layers are made to use standard caches and masks; block-sparse
+    ones keep their forward, and get what they want from `leet_hf.hosts.sparse`.
     """
 
     name = "minicpm_sala"
     base_class = "MiniCPMSALAModel"
     softmax_forward = staticmethod(softmax_forward)
     head_methods = HEAD_METHODS
-    dialect = Dialect(turns=token_places, softmax=softmax_in_context, embed=_scaled_embedding)
+    dialect = Dialect(turns=token_places, softmax=_sala_softmax, embed=_scaled_embedding)
 
     def misfit(self, layer: Any) -> str | None:
         return super().misfit(layer) or (tables_lack(getattr(layer, "rotary_emb", None)) if layer.use_rope else None)
 
+    def owns_softmax(self, attention: nn.Module) -> bool:
+        return super().owns_softmax(attention) and not is_sparse(attention)
+
     def base_misfit(self, base: Any) -> str | None:
-        return super().base_misfit(base) or lacks(base.config, ["scale_emb"])
+        reason = super().base_misfit(base) or lacks(base.config, ["scale_emb"])
+        softmax = [attention for _, attention in self.attentions(base) if not self.owns_layer(attention)]
+        if reason is None and len({is_sparse(attention) for attention in softmax}) > 1:
+            return "some of its softmax layers are block-sparse and some are not"
+        return reason
 
     def softmax_misfit(self, attention: Any) -> str | None:
+        if is_sparse(attention):
+            missing = None if layer_class(attention) else "there is no InfLLMv2CacheLayer beside its class"
+            return lacks(attention, ["dense_len", "head_dim", "config"]) or missing
         if not any(cls.__name__ == "MiniCPMAttention" for cls in type(attention).__mro__):
             return "neither lightning nor softmax attention as published"
         needed = ["q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "config", "attention_dropout"]
@@ -178,8 +198,9 @@ def _shared_turns(base: Any, ready: Any) -> Any:
     return base.rotary_emb(ready.hidden_states, ready.position_ids)
 
 
-def _hypenet_softmax(base: Any, ready: Any, turns: Any) -> dict[str, Any]:
+def _hypenet_softmax(base: Any, ready: Any, turns: Any, attention_mask: Any) -> dict[str, Any]:
     own = {"attention_mask": ready.masks["full_attention"], "position_embeddings": turns}
+    own |= {name: ready.arguments[name] for name in BOUNDS if name in ready.arguments}
     return own | {"past_key_values": None if ready.cache is None else _Facade(ready.cache)}
 
 

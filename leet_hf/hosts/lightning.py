@@ -29,12 +29,12 @@ class Dialect:
     """How a family's base model makes embeddings and calls its decoder layers.
 
     embed(base, input_ids). turns(base, ready): what recurrent layers turn q and k by, or None. softmax(base, ready,
-    turns): the arguments of softmax layers that differ from those of all layers. cache_name: the argument for the
-    cache. experts: whether decoder layers return router logits.
+    turns, attention_mask): the arguments of softmax layers that differ from those of all layers; the mask is the
+    caller's. cache_name: the argument for the cache. experts: whether decoder layers return router logits.
     """
 
     turns: Callable[[Any, Prepared], Any]
-    softmax: Callable[[Any, Prepared, Any], dict[str, Any]]
+    softmax: Callable[[Any, Prepared, Any, Any], dict[str, Any]]
     embed: Callable[[Any, Tensor], Tensor] = plain_embedding
     cache_name: str = "past_key_value"
     experts: bool = False
@@ -45,7 +45,7 @@ def token_places(base: Any, ready: Prepared) -> Any:
     return places(ready.position_ids, ready.cache)
 
 
-def softmax_in_context(base: Any, ready: Prepared, turns: Any) -> dict[str, Any]:
+def softmax_in_context(base: Any, ready: Prepared, turns: Any, attention_mask: Any) -> dict[str, Any]:
     """For softmax layers with `leet_hf.hosts.softmax.softmax_forward`."""
     bounds = {name: ready.arguments[name] for name in BOUNDS if name in ready.arguments}
     where = places(ready.position_ids, ready.cache) if turns is None else turns
@@ -86,7 +86,7 @@ def lightning_forward(
     record = Record.of(self.config, output_hidden_states, output_attentions, output_router_logits)
     turns = dialect.turns(self, ready)
     linear = {"attention_mask": context(ready, turns)}
-    softmax = dialect.softmax(self, ready, turns) if set(kinds) != {LINEAR} else {}
+    softmax = dialect.softmax(self, ready, turns, attention_mask) if set(kinds) != {LINEAR} else {}
     options: dict[str, Any] = {
         "position_ids": ready.position_ids,
         "output_attentions": record.asked["attentions"],

@@ -3,7 +3,7 @@
 Structure and names from `modeling_minicpm_sala.py` of openbmb/MiniCPM-SALA (as it also lies in repositories that serve
 it) and from `halo/modeling/hypenet/` of thunlp/hybrid-linear-attention. Lightning attention is the full matrix. There
 is no cache: a forward with one raises, but HypeNet's softmax layers, which stay as they are, hand keys and values to
-one as theirs do. Left out: rope scaling, tensor parallel slices, dropout, block-sparse attention, scaling of logits.
+one as theirs do. Left out: rope scaling, tensor parallel slices, dropout, scaling of logits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .plain import MLP, RMSNorm, Rotary, RotaryTables, causal_mask, decayed_attention, rotated, softmax_attention
@@ -150,11 +151,79 @@ class MiniCPMSdpaAttention(MiniCPMAttention):
     pass
 
 
+class InfLLMv2CacheLayer(DynamicLayer):
+    """Keys and values, and the mean key of every full block, a tensor a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compress_k_cache: list[Tensor] = []
+
+    def update_compress_k(self, key_states, cu_seqlens=None):
+        old = self.compress_k_cache or [new[:0] for new in key_states]
+        self.compress_k_cache = [torch.cat(pair) for pair in zip(old, key_states, strict=True)]
+        return self.compress_k_cache
+
+
+class MiniCPMInfLLMv2Attention(MiniCPMAttention):
+    """Reduced to what it asks of a cache: from `dense_len` tokens on, each query sees its own block of tokens and the
+    `topk` blocks whose mean keys suit it best. Theirs compresses by overlapping windows, and its kernels need a GPU."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        own = config.sparse_config
+        self.dense_len, self.block_size, self.topk = own["dense_len"], own["block_size"], own["topk"]
+
+    def forward(
+        self, hidden_states, attention_mask=None, position_ids=None, past_key_value=None, output_attentions=False,
+        use_cache=False, **kwargs,
+    ):  # fmt: skip
+        q, k, v = (
+            project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if past_key_value is not None:
+            k, v = past_key_value.update(k, v, self.layer_idx, {})
+        tokens, length = q.shape[2], k.shape[2]
+        assert attention_mask.shape == (len(q), length)
+        k, v = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (k, v))
+        place, key = torch.arange(length - tokens, length)[:, None], torch.arange(length)
+        seen = (key <= place) & attention_mask[:, None, None].bool()
+        if length >= self.dense_len:
+            assert bool(attention_mask.all())
+            chosen = self.chosen(q, self.means(k, past_key_value), place // self.block_size)
+            seen = seen & chosen[..., key // self.block_size]
+        scores = (q @ k.mT * self.head_dim**-0.5).masked_fill(~seen, torch.finfo(q.dtype).min)
+        o = (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2)
+        if self.use_output_gate:
+            o = o * torch.sigmoid(self.o_gate(hidden_states))
+        return self.o_proj(o), None, past_key_value
+
+    def means(self, k: Tensor, cache: Any) -> Tensor:
+        """Of full blocks, [B, H, blocks, D]; a cache learns them all at once, then block by block."""
+        full = k.shape[2] // self.block_size
+        means = k[:, :, : full * self.block_size].unflatten(2, (full, self.block_size)).mean(3)
+        if cache is None:
+            return means
+        if not cache.layers[self.layer_idx].compress_k_cache:
+            cache.update_compress_k(list(means.transpose(1, 2)), self.layer_idx)
+        elif k.shape[2] % self.block_size == 0:
+            cache.update_compress_k(list(means[:, :, -1:].transpose(1, 2)), self.layer_idx)
+        return torch.stack(cache.layers[self.layer_idx].compress_k_cache).transpose(1, 2)
+
+    def chosen(self, q: Tensor, means: Tensor, own: Tensor) -> Tensor:
+        """Blocks that each query sees, bool [B, H, T, blocks]; own [T, 1]: the block of each query."""
+        blocks = torch.arange(means.shape[2] + 1)
+        scores = torch.cat([q @ means.mT, torch.zeros_like(q[..., :1])], -1).masked_fill(blocks >= own, -1e9)
+        best = scores.topk(min(self.topk, len(blocks)), dim=-1).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & (blocks < own) | (blocks == own)
+
+
 class MiniCPMSALADecoderLayer(nn.Module):
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
         if config.mixer_types[layer_idx] == SPARSE:
-            self.self_attn: nn.Module = MiniCPMSdpaAttention(config, layer_idx)
+            kind = MiniCPMSdpaAttention if config.sparse_config is None else MiniCPMInfLLMv2Attention
+            self.self_attn: nn.Module = kind(config, layer_idx)
         else:
             self.self_attn = LightningAttention(config, layer_idx, rope=True)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
@@ -207,6 +276,8 @@ class _Base(_PreTrained):
         assert past is None
         assert attention_mask is None or bool(attention_mask.all())
         mask = causal_mask(x.shape[1], x, self.config._attn_implementation)
+        if self.config.sparse_config is not None:
+            mask = torch.ones(x.shape[:2], dtype=torch.int64)
         states = [x]
         for layer in self.layers:
             states.append(layer(states[-1], attention_mask=mask, position_ids=position_ids, **options)[0])
