@@ -225,7 +225,7 @@ def masks_by_kind(
 
 
 def _mask_of_one_token(embeds: Tensor, mask: Any) -> Tensor | None:
-    """The mask [B, 1] of a forward of one token, which transformers takes for no pad: a prompt's last chunk may be one."""
+    """The mask [B, 1] of a forward of one token. Transformers takes it for no pad: a prompt's last chunk may be one."""
     if embeds.shape[1] != 1 or not isinstance(mask, Tensor) or mask.dim() != 2 or torch.compiler.is_compiling():
         return None
     last = mask[:, -1:]
