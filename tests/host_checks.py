@@ -17,6 +17,7 @@ from leet_hf.modes import Mode, Truth, check, modes
 from leet_hf.modes.truth import relative_error
 from leet_hf.versions import CACHE, cache_of
 from patching import snapshot
+from test_training_modes import assert_same, gradients, in_batch, packed, separate
 
 NEW = 18  # tokens written in each mode: more than a decode buffer (16) holds
 # State precision has a check of its own here: the mode knows MiniMax's projections alone. Of the combined modes, those
@@ -77,6 +78,14 @@ def same_logits_and_gradients(stock: Any, batch: int = 2, tokens: int = 21, **op
             )
     assert any(grad.grad is not None and grad.grad.abs().max() > 1e-4 for grad in grads.values())
     stock.zero_grad()
+
+
+def same_padded_and_packed_gradients(stock: Any) -> None:
+    """In training mode, a batch with pads inside its rows and packed rows give the gradients of each row alone."""
+    want = gradients(copy.deepcopy(stock).train(), separate)
+    patched = patch_model(copy.deepcopy(stock)).train()
+    assert_same(gradients(patched, lambda model: in_batch(model, "middle", use_cache=False)), want)
+    assert_same(gradients(patched, packed), want)
 
 
 def same_after_checkpointing(stock: Any, tokens: int = 21) -> None:

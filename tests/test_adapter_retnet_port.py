@@ -23,12 +23,12 @@ def stock(kind: Any = RetNetForCausalLM, **changes: Any) -> Any:
 
 @functools.cache
 def truth() -> Truth:
-    return Truth(stock(), tiny.prompts())
+    return Truth(stock(decoder_layers=2), tiny.prompts())
 
 
 @functools.cache
 def patched() -> Any:
-    return patch_model(stock())
+    return patch_model(stock(decoder_layers=2))
 
 
 # Of the port, attentions are the weights of its parallel form, which a recurrent layer never has.
@@ -54,6 +54,10 @@ def test_logits_and_gradients(changes: dict[str, Any]) -> None:
 def test_checkpointing_hidden_states_and_tuples() -> None:
     host_checks.same_after_checkpointing(stock())
     host_checks.same_hidden_states(stock())
+
+
+def test_gradients_of_padded_and_packed_rows() -> None:
+    host_checks.same_padded_and_packed_gradients(stock())
 
 
 def test_patched_and_back() -> None:

@@ -23,12 +23,12 @@ def stock(kind: Any = TransnormerForCausalLM, **changes: Any) -> Any:
 
 @functools.cache
 def truth(scaled: bool = True) -> Truth:
-    return Truth(stock(no_scale_embedding=not scaled), tiny.prompts())
+    return Truth(stock(no_scale_embedding=not scaled, decoder_layers=2), tiny.prompts())
 
 
 @functools.cache
 def patched(scaled: bool = True) -> Any:
-    return patch_model(stock(no_scale_embedding=not scaled))
+    return patch_model(stock(no_scale_embedding=not scaled, decoder_layers=2))
 
 
 # The published attention of an eval forward gives no weights, so there is no truth for them.
@@ -55,6 +55,10 @@ def test_logits_and_gradients(changes: dict[str, Any]) -> None:
 def test_checkpointing_hidden_states_and_tuples() -> None:
     host_checks.same_after_checkpointing(stock())
     host_checks.same_hidden_states(stock())
+
+
+def test_gradients_of_padded_and_packed_rows() -> None:
+    host_checks.same_padded_and_packed_gradients(stock())
 
 
 def test_patched_and_back() -> None:
