@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from ..cache import RecurrentLayer
 from ..upgrade import layers_counted
 from ..versions import CACHE, cache_of
 from .base import Answer, Expected, Mode, ModeError, Row
@@ -94,7 +95,7 @@ def _offloaded(model: Any, prompts: Prompts, new: int) -> Answer:
     rows, output = generate(model, prompts[:1], new, cache_implementation="offloaded")
     cache = cache_of(output)
     # With one softmax layer there is nothing to fetch ahead, and a patched model keeps it on the device.
-    lone = model.config.layer_types.count("full_attention") == 1
+    lone = sum(not isinstance(layer, RecurrentLayer) for layer in cache.layers) == 1
     if hasattr(cache, "linear_cache") or not (lone or getattr(cache, "offloading", False)):
         raise ModeError("asked for an offloaded cache, generate() used one that is not")
     return Answer(rows)
