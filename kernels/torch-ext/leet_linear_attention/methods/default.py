@@ -28,7 +28,7 @@ def backward(
     """Gradients as `library.backward` gives them, by the method that "auto" takes for this device and dtype."""
     method = choose("auto", q.device, q.dtype)
     return library.backward(
-        do, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, need_log_decay, method
+        do, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, need_log_decay, False, method
     )  # fmt: skip
 
 

@@ -70,7 +70,8 @@ class Sweep:
         self.config = config or tuning.sweep_config(self.x, self.y, a.element_size(), self.decay, self.index)
         self.sequences = sequence_count(a, cu_seqlens)
         self.parts = tuning.blocks(self.x, self.config.block_x)
-        self.programs = tuning.blocks(self.y, self.config.block_y) * self.sequences * heads  # of each part
+        self.tiles = tuning.blocks(self.y, self.config.block_y) * self.parts  # of the state; each gives its own terms
+        self.programs = self.tiles * self.sequences * heads
         self.state_strides = (1, self.x) if transposed else (self.y, 1)
         self.state_shape = (self.y, self.x) if transposed else (self.x, self.y)
 
@@ -83,14 +84,14 @@ class Sweep:
         one = Segments(1, max(1, self.tokens))
         if self.whole or self.programs == 0:
             return one, None
-        cut = Segments(*tuning.segments(self.tokens, self.config.chunk, self.programs, self.parts, self.index))
+        cut = Segments(*tuning.segments(self.tokens, self.config.chunk, self.programs, self.index))
         if cut.count == 1:
             return one, None
         # Every segment's own end state and decay, and a scan over them.
         size = self.x * self.y
         states = self.a.new_empty((self.sequences, self.heads, cut.count, size), dtype=torch.float32)
         g_sum = self.a.new_empty((self.sequences, self.heads, cut.count), dtype=torch.float64)
-        self._launch(cut, 0, self.parts, state_out=states, g_sum=g_sum, skip=0 if final else 1)
+        self._launch(cut, state_out=states, g_sum=g_sum, skip=0 if final else 1)
         last = self._state() if final else None
         block = 1024
         _scan(
@@ -120,19 +121,20 @@ class Sweep:
         one = segments.count == 1
         if final and one:
             last = self._state()
-        out = self.a.new_empty(self.batch, self.tokens, self.heads, self.y)
+        shape = (self.batch, self.tokens, self.heads, self.y)
+        split = self.parts > 1
+        out = self.a.new_empty((self.parts, *shape) if split else shape, dtype=torch.float32 if split else None)
         if self.programs:
-            for part in range(self.parts):
-                self._launch(
-                    segments, part, 1, out=out, state_in=state if one else segments.starts,
-                    state_out=last if one else None, chunk_states=chunk_states, terms=terms,
-                )  # fmt: skip
-        return out, last
+            self._launch(
+                segments, out=out, state_in=state if one else segments.starts, state_out=last if one else None,
+                chunk_states=chunk_states, terms=terms,
+            )  # fmt: skip
+        return self._added(out) if split else out, last
 
-    @property
-    def tiles(self) -> int:
-        """Tiles of the state, each of which gives its own terms."""
-        return tuning.blocks(self.y, self.config.block_y) * self.parts
+    def _added(self, parts: torch.Tensor) -> torch.Tensor:
+        """The sum of the parts [parts, ...] float32, rounded once to a's dtype."""
+        total = parts.new_empty(parts.shape[1:], dtype=self.a.dtype)
+        return torch.add(parts[0], parts[1], out=total) if len(parts) == 2 else total.copy_(parts.sum(0))
 
     def _state(self) -> torch.Tensor:
         return self.a.new_empty((self.sequences, self.heads, *self.state_shape), dtype=torch.float32)
@@ -140,8 +142,6 @@ class Sweep:
     def _launch(
         self,
         segments: Segments,
-        part: int,
-        parts: int,
         *,
         out: torch.Tensor | None = None,
         state_in: torch.Tensor | None = None,
@@ -156,20 +156,20 @@ class Sweep:
         align, strides = aligned_strides(a, b, c, d)
         heads = self.heads
         _sweep(
-            (self.programs * parts * (segments.count - skip),), self.index,
+            (self.programs * (segments.count - skip),), self.index,
             (
                 a, b, c, None if terms is None else d, g, out, state_in, state_out, g_sum, chunk_states,
                 None if terms is None else terms.out, self.cu_seqlens,
             ),
             (
-                self.tokens, self.batch * self.tokens, segments.length, segments.count, skip, part, heads,
+                self.tokens, self.batch * self.tokens, segments.length, segments.count, skip, heads,
                 heads // a.shape[2], heads // b.shape[2], heads // c.shape[2], heads // d.shape[2],
                 1 if g is None else heads // g.shape[-1], self.scale, *strides,
                 *(g.stride() if g is not None and self.decay == 2 else (0, 0, 0)), *self.state_strides,
             ),
             (
                 self.x, self.y, config.chunk, config.block_x, config.block_y, self.decay, self.reverse,
-                self.cu_seqlens is not None, align, parts, part > 0, config.warps > 4, out is not None,
+                self.cu_seqlens is not None, align, config.warps > 4, out is not None,
                 state_in is not None,
                 state_out is not None, chunk_states is not None and terms is None, terms is not None,
                 g_sum is not None, a.dtype == torch.float32, a.dtype == torch.float16,

@@ -21,7 +21,7 @@ from .decay_gradient import chunk_terms
 
 @triton.jit(
     do_not_specialize=[
-        "T", "rows", "segment", "n_segments", "skip", "first_x", "H",
+        "T", "rows", "segment", "n_segments", "skip", "H",
         "group_a", "group_b", "group_c", "group_d", "group_g",
         "sab", "sat", "sah", "sbb", "sbt", "sbh", "scb", "sct", "sch", "sdb", "sdt", "sdh", "sgb", "sgt", "sgh",
         "ssx", "ssy",
@@ -29,28 +29,28 @@ from .decay_gradient import chunk_terms
 )  # fmt: skip
 def sweep_kernel(
     a_ptr, b_ptr, c_ptr, d_ptr, g_ptr, out_ptr, s_in_ptr, s_out_ptr, g_sum_ptr, chunks_ptr, terms_ptr, cu_ptr,
-    T, rows, segment, n_segments, skip, first_x, H, group_a, group_b, group_c, group_d, group_g, scale,
+    T, rows, segment, n_segments, skip, H, group_a, group_b, group_c, group_d, group_g, scale,
     sab, sat, sah, sbb, sbt, sbh, scb, sct, sch, sdb, sdt, sdh, sgb, sgt, sgh, ssx, ssy,
     X: tl.constexpr, Y: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr, PARTS: tl.constexpr,
-    ADD: tl.constexpr, APART: tl.constexpr, HAS_OUT: tl.constexpr, HAS_S_IN: tl.constexpr, HAS_S_OUT: tl.constexpr,
-    HAS_CHUNKS: tl.constexpr, HAS_TERMS: tl.constexpr, SEGMENTED: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr, APART: tl.constexpr,
+    HAS_OUT: tl.constexpr, HAS_S_IN: tl.constexpr, HAS_S_OUT: tl.constexpr, HAS_CHUNKS: tl.constexpr,
+    HAS_TERMS: tl.constexpr, SEGMENTED: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences * H * (segments - ``skip``) * tiles of the state,), tiles fastest.
 
-    ``X`` is the width of a and b, ``Y`` of c and out; S is [X, Y] and a program holds a [BX, BY] tile of it. The launch
-    has PARTS of the blocks of X, from ``first_x`` on; each gives a part of every output, and ADD adds it to what is
-    there. ``rows`` is B * T. ``skip`` leaves out as many segments at the end of the pass. APART: what comes of the state
-    and what comes of the chunk are kept apart until the end.
+    ``X`` is the width of a and b, ``Y`` of c and out; S is [X, Y] and a program holds a [BX, BY] tile of it. Where X
+    takes several tiles, each gives a part of every output, [parts, B, T, H, Y]. ``rows`` is B * T. ``skip`` leaves out
+    as many segments at the end of the pass. APART: what comes of the state and what comes of the chunk are kept apart
+    until the end.
 
     HAS_CHUNKS writes the state that meets each chunk, [slots, H, X, Y]. HAS_TERMS reads those of the opposite pass and,
     with d (as wide as c), writes the terms of the gradient of log_decay, [2, tiles, B, T, H] (see ``decay_gradient``).
     """
-    BLOCKS_Y: tl.constexpr = (Y + BY - 1) // BY
-    TILES: tl.constexpr = BLOCKS_Y * PARTS
-    ALL_TILES: tl.constexpr = BLOCKS_Y * ((X + BX - 1) // BX)
-    i_x = first_x + tl.program_id(0) % TILES // BLOCKS_Y
-    i_y = tl.program_id(0) % BLOCKS_Y
+    TILES_X: tl.constexpr = (X + BX - 1) // BX
+    TILES: tl.constexpr = ((Y + BY - 1) // BY) * TILES_X
+    i_tile = tl.program_id(0) % TILES
+    i_x = i_tile % TILES_X
+    i_y = i_tile // TILES_X
     i_s = (tl.program_id(0) // TILES) % (n_segments - skip)
     if REVERSE:
         i_s += skip
@@ -80,10 +80,9 @@ def sweep_kernel(
     c_ptr += i_b * scb * ALIGN + bos * sct + (i_h // group_c) * sch * ALIGN
     row = (i_b * T + bos) * H + i_h  # of out, [B, T, H, Y] contiguous
     if HAS_OUT:
-        out_ptr += row * Y
+        out_ptr += (i_x.to(tl.int64) * rows * H + row) * Y
     if HAS_TERMS:
         d_ptr += i_b * sdb * ALIGN + bos * sdt + (i_h // group_d) * sdh * ALIGN
-        i_tile = i_x * BLOCKS_Y + i_y
         terms_ptr += i_tile.to(tl.int64) * rows * H + row
     if DECAY == 2:
         g_ptr += i_b * sgb + bos * sgt + (i_h // group_g) * sgh
@@ -168,17 +167,17 @@ def sweep_kernel(
                     A, b, c, d, o, S, before, to_query, tl.exp(g_chunk.to(tl.float32)), n_valid - 1, C, IS_FP16
                 )
                 tl.store(terms_ptr + (t0 + r) * H, passing, mask=mask_t)
-                tl.store(terms_ptr + ALL_TILES * rows.to(tl.int64) * H + (t0 + r) * H, ending, mask=mask_t)
+                tl.store(terms_ptr + TILES * rows.to(tl.int64) * H + (t0 + r) * H, ending, mask=mask_t)
             if APART:
                 # As a difference: a sum would become one accumulator, whose layout leaves half of eight warps idle.
                 o = o - narrow_dot(-A, c, IS_FP16)
             else:
                 o += narrow_dot(A, c, IS_FP16)
-            o *= scale
-            to_out = out_ptr + t0 * H * Y + (r[:, None] * (H * Y) + y[None, :])
-            if ADD:
-                o += tl.load(to_out, mask=tile_y, other=0.0).to(tl.float32)
-            tl.store(to_out, o.to(out_ptr.dtype.element_ty), mask=tile_y)
+            tl.store(
+                out_ptr + t0 * H * Y + (r[:, None] * (H * Y) + y[None, :]),
+                (o * scale).to(out_ptr.dtype.element_ty),
+                mask=tile_y,
+            )
 
         if DECAY != 0:
             S = decayed(S, g_chunk) if IS_FP32 else S * tl.exp(g_chunk)
@@ -189,7 +188,7 @@ def sweep_kernel(
 
     if HAS_S_OUT:
         tl.store(s_out_ptr + i_state + o_state, S, mask=mask_state)
-    if SEGMENTED and i_x + i_y == 0:
+    if SEGMENTED and i_tile == 0:
         tl.store(g_sum_ptr + i_nh * n_segments + i_s, g_total)
 
 

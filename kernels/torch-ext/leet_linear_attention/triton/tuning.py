@@ -25,19 +25,20 @@ class SweepConfig(NamedTuple):
 
 # Chunks divide this, and so do the lengths of segments.
 LONGEST_CHUNK = 64
-# Wider rows take several launches, each of which adds its part to every output: a state twice as tall would leave each
-# program short of registers and of bandwidth to its shared memory.
-_WIDEST_BLOCK = 128
+# Wider rows take several programs, each of which gives a part of every output.
+_WIDEST_BLOCK = 256
 # (state rows, 16-bit inputs?) -> configuration. float32 products become scalar code: small tiles compile sooner.
 _SWEEP = {
     (16, True): SweepConfig(64, 16, 64, 4, 3),
     (32, True): SweepConfig(64, 32, 64, 4, 3),
     (64, True): SweepConfig(64, 64, 64, 4, 3),
     (128, True): SweepConfig(64, 128, 64, 4, 3),
+    (256, True): SweepConfig(64, 256, 64, 8, 2),
     (16, False): SweepConfig(32, 16, 32, 4, 2),
     (32, False): SweepConfig(32, 32, 32, 4, 2),
     (64, False): SweepConfig(16, 64, 32, 4, 2),
     (128, False): SweepConfig(16, 128, 32, 4, 2),
+    (256, False): SweepConfig(16, 256, 32, 8, 1),
 }
 
 
@@ -71,6 +72,9 @@ def sweep_config(x: int, y: int, itemsize: int, decay: int, device_index: int) -
     decay: 0 none, 1 per head, 2 per token.
     """
     config = _SWEEP[(min(block_of(x), _WIDEST_BLOCK), itemsize == 2)]
+    if decay == 2:
+        # Sums and exponentials of every chunk keep a program waiting: two on a processor fill each other's gaps.
+        config = config._replace(stages=min(config.stages, 2))
     # Narrower than 64 columns of 16-bit data, Triton 3.6 can read past its shared memory: a memory checker found it.
     config = config._replace(block_y=min(config.block_y, max(block_of(y), 64 if itemsize == 2 else 16)))
     if device_index < 0:
@@ -90,7 +94,7 @@ def sweep_config(x: int, y: int, itemsize: int, decay: int, device_index: int) -
 
 def with_terms(config: SweepConfig) -> SweepConfig:
     """The configuration of a pass that also gives the terms of the gradient of log_decay: twice the tiles at once."""
-    return config._replace(warps=8, stages=min(config.stages, 2))
+    return config._replace(warps=8, stages=1 if config.block_x > 128 else min(config.stages, 2))
 
 
 def _sweep_bytes(config: SweepConfig, itemsize: int) -> int:
@@ -100,18 +104,18 @@ def _sweep_bytes(config: SweepConfig, itemsize: int) -> int:
     return tiles + operands
 
 
-def segments(tokens: int, chunk: int, programs: int, parts: int, device_index: int) -> tuple[int, int]:
+def segments(tokens: int, chunk: int, programs: int, device_index: int) -> tuple[int, int]:
     """(number of segments, tokens in one) for sequences of ``tokens`` when one segment gives ``programs`` programs.
 
     Segments cost a second reading of keys and values, so they are cut only where the device would stand idle: a
-    program on every processor is enough to keep the memory busy. parts: launches that gain from one such reading.
+    program on every processor is enough to keep the memory busy.
     """
     if device_index < 0:
         wanted = 2 if tokens > 4 * chunk else 1
     else:
         wanted = processors(device_index) // max(programs, 1)
     count = max(1, min(wanted, tokens // (4 * chunk)))
-    if count < (3 if parts == 1 else 2) and device_index >= 0:
+    if count < 3 and device_index >= 0:
         count = 1
     length = -(-tokens // count)
     length = max(1, -(-length // LONGEST_CHUNK)) * LONGEST_CHUNK
