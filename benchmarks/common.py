@@ -36,7 +36,7 @@ def require_cuda() -> None:
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "transformers", "flash-linear-attention", "fla-core"):
+    for name in ("torch", "triton", "transformers", "flash-linear-attention", "fla-core", "leetDecoding"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -45,7 +45,17 @@ def versions() -> dict[str, str]:
 
 
 def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor and how many threads torch uses of it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def copy_bandwidth() -> float:
@@ -62,6 +72,40 @@ def timed(function: Callable[[], Any], warmup: int = 10, rep: int = 60) -> dict[
 
     median, low, high = do_bench(function, warmup=warmup, rep=rep, quantiles=[0.5, 0.2, 0.8])
     return {"median": median, "low": low, "high": high}
+
+
+def timed_in_turns(functions: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, dict[str, float]]:
+    """Milliseconds of one call of each function a round, so that all meet the same disturbances: see `spread`.
+
+    On a GPU by the wall clock, each call waited for. On a CPU in processor time of one thread, which is what an idle
+    machine's clock would show, each call after one that is not timed and brings the caches back.
+    """
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    clock = time.perf_counter if device == "cuda" else time.thread_time
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            if device != "cuda":
+                function()
+            wait()
+            start = clock()
+            function()
+            wait()
+            samples[name].append((clock() - start) * 1e3)
+    return {name: spread(values) for name, values in samples.items()}
+
+
+def one_thread() -> None:
+    """What is timed on a CPU runs in the calling thread."""
+    torch.set_num_threads(1)
+
+
+def spread(samples: list[float]) -> dict[str, float]:
+    """Median, 20 and 80 % quantiles, and the least of some samples."""
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    low, high = ordered[round(0.2 * last)], ordered[round(0.8 * last)]
+    return {"median": statistics.median(ordered), "low": low, "high": high, "least": ordered[0]}
 
 
 def timed_graph(function: Callable[[], Any], calls: int, rep: int = 60) -> dict[str, float]:

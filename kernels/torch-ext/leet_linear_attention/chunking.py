@@ -38,11 +38,14 @@ class Chunking:
     device; unused chunks at the end hold no token and belong to no sequence.
     """
 
-    def __init__(self, tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> None:
+    def __init__(
+        self, tokens: int, cu_seqlens: Tensor | None, device: torch.device, longest: int | None = None
+    ) -> None:
         self.tokens = tokens
         self.packed = cu_seqlens is not None
         self.device = device
-        longest = CHUNK.get(device.type, CHUNK_ON_DEVICE)
+        if longest is None:
+            longest = CHUNK.get(device.type, CHUNK_ON_DEVICE)
         if cu_seqlens is None:
             self.chunk = max(1, min(longest, tokens))
             self.count = -(-tokens // self.chunk)

@@ -21,7 +21,10 @@ def full_precision(
     @functools.wraps(function)
     def inner(first: Tensor, /, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
         chosen = torch.get_float32_matmul_precision()
-        with torch.autocast(first.device.type, enabled=False):
+        device = first.device.type
+        if chosen == "highest" and not torch.is_autocast_enabled(device):
+            return function(first, *args, **kwargs)  # nothing to hold off: entering and leaving costs a short call dear
+        with torch.autocast(device, enabled=False):
             if chosen == "highest":
                 return function(first, *args, **kwargs)
             torch.set_float32_matmul_precision("highest")

@@ -13,10 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import torch_rows
 from .chunking import Chunking, Scratch
 from .decay_factors import ChunkDecay, DecayFactors
+from .methods import vanilla
 from .precision import full_precision
 from .shapes import state_heads
+
+# Up to here all pairs at once take fewer calls than chunks and states do.
+ONE_BLOCK = 128
 
 
 def _accumulate_dtype(q: Tensor) -> torch.dtype:
@@ -115,6 +120,11 @@ def forward(
     q `[B, T, Hq, K]`, k `[B, T, Hk, K]`, v `[B, T, Hv, V]`, log_decay None, `[H]` or `[B, T, H]`. States are float32,
     float64 for float64 inputs. Arguments are taken as checked.
     """
+    heads = state_heads(q, k, v, log_decay, initial_state)
+    if cu_seqlens is None and q.shape[1] <= ONE_BLOCK:
+        return vanilla.forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state)
+    if torch_rows.serves(q, v, heads, cu_seqlens):
+        return _forward_rows(q, k, v, log_decay, initial_state, heads, scale, output_final_state)
     p = _Problem(q, k, v, log_decay, initial_state, cu_seqlens, scale)
     cut = p.chunking
     out = cut.empty(p.batch, p.heads, v.shape[-1], q.dtype)
@@ -136,6 +146,28 @@ def forward(
     if not output_final_state:
         return cut.trim(out), None
     return cut.trim(out), carry.clone() if ends is None else ends[:-1]
+
+
+def _forward_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    heads: int,
+    scale: float,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    dtype = _accumulate_dtype(q)
+    cut = Chunking(q.shape[1], None, q.device, longest=torch_rows.CHUNK)
+    out = cut.empty(q.shape[0], heads, v.shape[-1], q.dtype)
+    if initial_state is None:
+        state = torch.zeros((q.shape[0], heads, k.shape[-1], v.shape[-1]), dtype=dtype, device=q.device)
+    else:
+        state = initial_state.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    decay = DecayFactors(log_decay, heads, cut, dtype)
+    torch_rows.forward_rows(q, k, v, state, initial_state is None, decay, cut, scale, out)
+    return out, state if output_final_state else None
 
 
 @full_precision

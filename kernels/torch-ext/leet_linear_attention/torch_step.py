@@ -22,7 +22,7 @@ def per_token(log_decay: Tensor | None, like: Tensor, tokens: int) -> Tensor:
 
 def running_decay(log_decays: Tensor) -> Tensor:
     """Running sum over tokens of `[B, n, H]`, as `[B, H, n]` float64: exact enough for its differences in fp32."""
-    return log_decays.double().clamp_min(FLOOR[log_decays.dtype]).cumsum(1).transpose(1, 2)
+    return log_decays.clamp_min(FLOOR[log_decays.dtype]).cumsum(1, dtype=torch.float64).transpose(1, 2)
 
 
 def by_head(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
@@ -69,35 +69,96 @@ def step(
     batch, heads, _, value_dim = base.shape
     if tokens == 0:
         return q.new_empty(batch, 0, heads, value_dim)
-    start, count = cursor[:2].tolist()
-    slots = keys.shape[1]
+    start, count, _ = cursor.tolist()
+    if tokens == 1 and start + count < keys.shape[1]:
+        held = _append(k, v, log_decay, keys, values, log_decays, start, count)
+        out = _one_token(q, *held, base, scale)
+    else:
+        held = _append_many(k, v, log_decay, keys, values, log_decays, start, count)
+        out = _several_tokens(q, *held, base, scale)
+    fold = 0 if count + tokens <= buffer else min(count, count + tokens - max(keep, tokens))
+    if fold:
+        fold_tokens(base, *(x[:, :fold] for x in held))
+        cursor[0].fill_((start + fold) % keys.shape[1])
+    cursor[1].fill_(count - fold + tokens)
+    return out
+
+
+Held = tuple[Tensor, Tensor, Tensor]  # keys [B, n, Hk, K], values [B, n, Hv, V], log_decays [B, n, H], oldest first
+
+
+def _append(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    log_decays: Tensor,
+    start: int,
+    count: int,
+) -> Held:
+    """Put one token into the rings, which hold `count` tokens from slot `start` on and do not wrap: views."""
+    end = start + count
+    keys[:, end : end + 1] = k
+    values[:, end : end + 1] = v
+    if log_decay is None:
+        log_decays[:, end].zero_()
+    elif log_decay.shape[-1] == log_decays.shape[-1]:
+        log_decays[:, end : end + 1] = log_decay
+    else:
+        log_decays[:, end : end + 1] = per_token(log_decay, log_decays, 1)
+    return tuple(ring[:, start : end + 1] for ring in (keys, values, log_decays))  # type: ignore[return-value]
+
+
+def _append_many(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    log_decays: Tensor,
+    start: int,
+    count: int,
+) -> Held:
+    """Put tokens into the rings, wherever that is in them."""
+    tokens, slots = k.shape[1], keys.shape[1]
     rings = (keys, values, log_decays)
     fresh = (k, v, per_token(log_decay, log_decays, tokens))
     total = count + tokens
     if start + total <= slots:
         # in one piece: views, no copies
-        held_keys, held_values, held_decays = (ring.narrow(1, start, total) for ring in rings)
-        for held, x in zip((held_keys, held_values, held_decays), fresh, strict=True):
-            held.narrow(1, count, tokens).copy_(x)
-    else:
-        held = (start + torch.arange(total, device=q.device)) % slots
         for ring, x in zip(rings, fresh, strict=True):
-            ring.index_copy_(1, held[count:], x.to(ring.dtype))
-        held_keys, held_values, held_decays = (ring.index_select(1, held) for ring in rings)
+            ring.narrow(1, start + count, tokens).copy_(x)
+        return tuple(ring.narrow(1, start, total) for ring in rings)  # type: ignore[return-value]
+    held = (start + torch.arange(total, device=k.device)) % slots
+    for ring, x in zip(rings, fresh, strict=True):
+        ring.index_copy_(1, held[count:], x.to(ring.dtype))
+    return tuple(ring.index_select(1, held) for ring in rings)  # type: ignore[return-value]
 
-    dtype = base.dtype
-    running = running_decay(held_decays)
-    new = running[..., count:]
+
+def _one_token(q: Tensor, keys: Tensor, values: Tensor, log_decays: Tensor, base: Tensor, scale: float) -> Tensor:
+    """o `[B, 1, H, V]` of the newest token held, as `_several_tokens` in fewer calls, which are what costs."""
+    batch, heads, key_dim, value_dim = base.shape
+    lanes = batch * heads
+    running = running_decay(log_decays)  # [B, H, n]
+    now = running[..., -1:]
+    # of the state, then of every token held
+    factors = torch.cat((now, now - running), -1).to(base.dtype).exp_().view(lanes, 1, -1)
+    query, key, value = (by_head(x, heads, base.dtype).reshape(lanes, -1, x.shape[-1]) for x in (q, keys, values))
+    weights = torch.bmm(query, key.mT).mul_(factors[..., 1:])
+    out = torch.bmm(query.mul(factors[..., :1]), base.view(lanes, key_dim, value_dim))
+    out = out.baddbmm_(weights, value, beta=scale, alpha=scale)
+    return out.view(batch, 1, heads, value_dim).to(q.dtype)
+
+
+def _several_tokens(q: Tensor, keys: Tensor, values: Tensor, log_decays: Tensor, base: Tensor, scale: float) -> Tensor:
+    """o `[B, T, H, V]` of the T newest tokens held."""
+    heads, dtype, old = base.shape[1], base.dtype, keys.shape[1] - q.shape[1]
+    running = running_decay(log_decays)
+    new = running[..., old:]
     query = by_head(q, heads, dtype)
-    apart = (new.unsqueeze(-1) - running.unsqueeze(-2)).clamp_max_(0).to(dtype).exp().tril_(count)
-    weights = (query @ by_head(held_keys, heads, dtype).transpose(-1, -2)) * apart
-    out = weights @ by_head(held_values, heads, dtype)
+    apart = (new.unsqueeze(-1) - running.unsqueeze(-2)).clamp_max_(0).to(dtype).exp().tril_(old)
+    weights = (query @ by_head(keys, heads, dtype).transpose(-1, -2)) * apart
+    out = weights @ by_head(values, heads, dtype)
     out += (query * new.to(dtype).exp().unsqueeze(-1)) @ base
-    out = out.mul_(scale).transpose(1, 2).to(q.dtype).contiguous()
-
-    fold = 0 if count + tokens <= buffer else min(count, count + tokens - max(keep, tokens))
-    if fold:
-        fold_tokens(base, held_keys[:, :fold], held_values[:, :fold], held_decays[:, :fold])
-    cursor[0].fill_((start + fold) % slots)
-    cursor[1].fill_(count - fold + tokens)
-    return out
+    return out.mul_(scale).transpose(1, 2).to(q.dtype).contiguous()
