@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -56,28 +57,43 @@ def must_agree(name: str, patched: Any, truth: Truth, mode: Mode | None = None) 
     assert outcome.agrees, outcome.reason
 
 
+@contextmanager
+def wider() -> Iterator[None]:
+    """Within, what asks for float32 leaves float64 as it is: stand-ins, as the code they stand for, norm in float32."""
+    narrow = torch.Tensor.float
+    torch.Tensor.float = lambda self: self if self.dtype == torch.float64 else narrow(self)  # type: ignore
+    try:
+        yield
+    finally:
+        torch.Tensor.float = narrow  # type: ignore
+
+
 def same_logits_and_gradients(stock: Any, batch: int = 2, tokens: int = 21, **options: Any) -> None:
-    """Logits, loss and the gradient of every parameter, of a copy that is patched and of the stock model."""
+    """Logits, loss and the gradient of every parameter, of a copy that is patched and of the stock model.
+
+    In float32 the logits, in float64 the gradients too: the stand-in's own, in float32, are off by up to 3e-4.
+    """
     ids = torch.tensor([tiny.prompts((tokens,), seed=i)[0] for i in range(batch)])
-    patched = patch_model(copy.deepcopy(stock))
-    want = stock(input_ids=ids, labels=ids, use_cache=False, **options)
-    got = patched(input_ids=ids, labels=ids, use_cache=False, **options)
+    options |= {"input_ids": ids, "labels": ids, "use_cache": False}
+    with torch.no_grad():
+        want, got = stock(**options), patch_model(copy.deepcopy(stock))(**options)
     assert relative_error(got.logits, want.logits) <= 1e-5
-    torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-5)
-    stock.zero_grad()
-    want.loss.backward()
-    got.loss.backward()
-    grads = dict(stock.named_parameters())
+    with wider():
+        stock = copy.deepcopy(stock).double()
+        patched = patch_model(copy.deepcopy(stock))
+        for model in (stock, patched):
+            model.zero_grad()
+            model(**options).loss.backward()
+    grads = {name: parameter.grad for name, parameter in stock.named_parameters()}
+    sizes = {name: grad.square().mean().sqrt() for name, grad in grads.items() if grad is not None}
+    assert sizes
     for name, parameter in patched.named_parameters():
-        expected = grads[name].grad
-        assert (parameter.grad is None) == (expected is None), name
-        if expected is not None:
-            torch.testing.assert_close(
-                parameter.grad, expected, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-            )
-    assert any(grad.grad is not None and grad.grad.abs().max() > 1e-4 for grad in grads.values())
-    stock.zero_grad()
+        assert (parameter.grad is None) == (grads[name] is None), name
+        # Some are nothing but rounding: those of a router that chooses one expert, say.
+        if name in sizes and sizes[name] > 1e-7 * max(sizes.values()):
+            error = relative_error(parameter.grad, grads[name])
+            assert error <= 1e-5, f"the gradient of {name} is off by {error:.2g}"
 
 
 def same_padded_and_packed_gradients(stock: Any) -> None:
