@@ -6,9 +6,7 @@ The Triton forms run in Triton's interpreter where there is no GPU, at tiny shap
 from __future__ import annotations
 
 import inspect
-import itertools
 import sys
-import time
 import types
 
 import pytest
@@ -217,46 +215,6 @@ def test_triton_names_without_triton_are_their_torch_forms(monkeypatch: pytest.M
     for name in ("lightningAttention2", "FleetAttention", "causal_dot_product"):
         found, wanted = (causal_linear_decoder(q, k, v, attn_method=n) for n in (name, name + "_torch"))
         assert torch.equal(found, wanted)
-
-
-def default_against_named(tokens: int, device: str, clock: object, names: list[str]) -> dict[str | None, float]:
-    """Least seconds of the default (None) and of named methods, taken in turns."""
-    q, k, v = inputs(1, 4, tokens, 64, value_dim=64, device=device)
-    gamma = torch.tensor([0.3, 0.1, 0.03, 0.01], device=device)
-    best: dict[str | None, float] = dict.fromkeys([None, *names], float("inf"))
-    for _, name in itertools.product(range(8), best):
-        start = clock()  # type: ignore[operator]
-        causal_linear_decoder(q, k, v, True, gamma, True, name)
-        best[name] = min(best[name], clock() - start)  # type: ignore[operator]
-    return best
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("tokens", [32, 128, 512, 2048])
-def test_the_default_is_the_fastest(tokens: int) -> None:
-    """In processor time of this thread, which other programs disturb little; a fifth is left to noise.
-
-    Methods that go token by token or channel by channel take tens of times as long: one of them stands for all.
-    """
-    names = ["lightningAttention2_torch", "recursion", *(["vanilla", "block-based"] if tokens < 2048 else [])]
-    for _ in range(3):
-        best = default_against_named(tokens, "cpu", time.thread_time, names)
-        if best[None] <= 1.2 * min(best.values()):
-            return
-    pytest.fail(f"seconds: {best}")
-
-
-@pytest.mark.gpu
-@torch.no_grad()
-@pytest.mark.parametrize("tokens", [128, 2048, 16384])
-def test_the_default_is_the_fastest_on_a_gpu(tokens: int) -> None:
-    def clock() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    names = [n for n in NAMES if tokens <= 2048 or n not in ("vanilla", "causal_dot_product_torch")]
-    best = default_against_named(tokens, "cuda", clock, names)
-    assert best[None] <= 1.2 * min(best.values()), best
 
 
 @pytest.mark.gpu
