@@ -27,6 +27,8 @@ class Arena:
     A cache is bound by sharing its tensors with the arena: everything that changes them in place (a replay, a crop, the
     reordering of beams) is seen by both. When another cache is bound while the first one lives, the first gets copies.
     Changes that make new tensors (another batch, a wider window) part the cache from the arena, which `bind` notices.
+
+    most: tokens that one step may bring. capacity: slots of the softmax layers, 0 where there are none.
     """
 
     def __init__(self, cache: Any, spec: CacheSpec) -> None:
@@ -38,7 +40,10 @@ class Arena:
             recurrent = isinstance(shape, RecurrentShape)
             self.layers.append(StepRecurrent(layer, spec, index) if recurrent else StepSoftmax(layer))
         self.cache = Cache(layers=self.layers)
-        self.device = next(layer.state.base.device for layer in self.layers if isinstance(layer, StepRecurrent))
+        states = [layer.state for layer in self.layers if isinstance(layer, StepRecurrent)]
+        self.device = states[0].base.device
+        self.most = min(state.buffer for state in states)  # tokens of one step
+        self.capacity = next((layer.buffers[0].shape[2] for layer in self.layers if isinstance(layer, StepSoftmax)), 0)
         with lasting_tensors():
             self.length = torch.zeros((), dtype=torch.int64, device=self.device)
             self.padding = torch.zeros(self.rows, self.capacity, dtype=torch.bool, device=self.device)
@@ -50,11 +55,6 @@ class Arena:
         return self.key[0]
 
     @property
-    def capacity(self) -> int:
-        """Slots of the softmax layers, 0 where there are none."""
-        return next((layer.buffers[0].shape[2] for layer in self.layers if isinstance(layer, StepSoftmax)), 0)
-
-    @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
@@ -64,9 +64,12 @@ class Arena:
 
     def has(self, cache: Any) -> bool:
         """Whether a cache has these tensors, all of them."""
-        return self.holder() is cache and all(
-            own.shares(layer) for own, layer in zip(self.layers, cache.layers, strict=True)
-        )
+        if self.holder() is not cache or len(cache.layers) != len(self.layers):
+            return False
+        for own, layer in zip(self.layers, cache.layers, strict=True):  # noqa: SIM110  # once a token: no generator
+            if not own.shares(layer):
+                return False
+        return True
 
     def forget_with_holder(self, forget: Callable[[], None]) -> None:
         """Have `forget` called when the cache that has these tensors is gone."""
@@ -136,7 +139,7 @@ class StepRecurrent(RecurrentLayer):
 
     def shares(self, layer: Any) -> bool:
         state = layer.state
-        return state is not None and state.base is self.state.base and state.keys is self.state.keys
+        return state is not None and state.base is self.state.base
 
     def take(self, layer: RecurrentLayer) -> None:
         """Copy the layer's state here, and let the layer go on here."""

@@ -15,26 +15,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .arena import Arena, key_of
-from .cache import BUFFER, RecurrentLayer
+from .cache import RecurrentLayer
 from .growing import LEAST, GrowingLayer
-from .obstacles import obstacle, state_of
+from .obstacles import cache_obstacle, fits, obstacle, serves, state_of
 from .recording import Recorder, recorder_for
 from .step import Step
 from .versions import cache_argument
 
 PASS = "leet_decoding"  # the keyword by which generate() of an admitted call reaches the base model's forward
-MOST_TOKENS = BUFFER  # of one recorded step; more pay for their launches themselves
 MOST_BYTES = 200 << 20  # of all recordings of a model
 KEPT_SHARE = 1 / 8  # of the device's memory, for states and keys kept between calls
-# Arguments of a base model's forward that a recorded step knows.
-_KNOWN = {
-    "input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "use_cache", "return_dict",
-    "logits_to_keep",
-}  # fmt: skip
 
 
 class Pass:
@@ -122,7 +115,7 @@ class Decoding:
         """
         reason = self.refusal(model, base)
         if reason is None:
-            reason = _cache_obstacle(cache, base._leet.spec)
+            reason = cache_obstacle(cache, base._leet.spec)
         self.refused = reason
         if reason is not None:
             return None
@@ -154,20 +147,28 @@ class Decoding:
     def run(self, base: Any, forward: Callable[..., Any], arguments: dict[str, Any], granted: Pass) -> Any:
         """What `forward(base, **arguments)` returns, by a recorded step where these arguments allow it."""
         cache = cache_argument(arguments.get("past_key_values"), arguments.get("cache"))
-        if not _serves(base, cache, arguments):
+        if not serves(base, cache, arguments):
             return forward(base, **arguments)
+        # Everything below runs between two replays: what is asked of every layer every time is kept to a minimum.
         ids, mask = arguments["input_ids"], arguments.get("attention_mask")
         rows, tokens = ids.shape
         with self.lock:
-            recurrent = [layer for layer in cache.layers if isinstance(layer, RecurrentLayer)]
+            arena = self._current
+            bound = arena is not None and arena.has(cache) and tokens <= arena.most
+            if not bound and not fits(cache, ids):
+                return forward(base, **arguments)
             length = int(cache.get_seq_length())
             if mask is not None and (mask.shape != (rows, length + tokens) or length < granted.masked):
                 return forward(base, **arguments)
             if self._busy(granted):
                 return forward(base, **arguments)
-            for layer in recurrent:
-                layer.ready(rows, tokens, layer.state.keys.dtype, ids.device)  # type: ignore[union-attr]
-            arena = self._arena_for(cache, base._leet.spec, length + tokens)
+            for layer in cache.layers:
+                if getattr(layer, "record_past", False):
+                    layer.ready(rows, tokens, layer.state.keys.dtype, ids.device)
+                    bound = False  # it may have moved
+            if not bound or (arena.capacity and arena.capacity < length + tokens):  # type: ignore[union-attr]
+                arena = self._arena_for(cache, base._leet.spec, length + tokens)
+            assert arena is not None
             self._current, self._granted = arena, weakref.ref(granted)
             step = self._step(arena, base, forward, arguments, length)
             step.fill(ids, arguments["position_ids"], mask, length)
@@ -279,45 +280,3 @@ class Decoding:
 
 def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def _cache_obstacle(cache: Any, spec: Any) -> str | None:
-    """Why a cache can not be used with recorded steps."""
-    if type(cache) is not DynamicCache:
-        return f"the cache is a {type(cache).__name__}: recorded steps work on a DynamicCache"
-    if cache.offloading:
-        return "the cache is offloaded"
-    if len(cache.layers) != len(spec):
-        return f"{len(cache.layers)} of {len(spec)} layers run (early exit)"
-    for index, layer in enumerate(cache.layers):
-        if not isinstance(layer, GrowingLayer) and type(layer) not in (RecurrentLayer, DynamicLayer):
-            return f"cache layer {index} is a {type(layer).__name__}"
-    return None
-
-
-def _serves(base: Any, cache: Any, arguments: dict[str, Any]) -> bool:
-    """Whether a forward is one that steps are recorded for: a few tokens after others, nothing out of the ordinary."""
-    ids, positions, mask = (arguments.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
-    if ids is None or positions is None or cache is None or torch.is_grad_enabled() or base.training:
-        return False
-    tokens = ids.shape[1]
-    if not 1 <= tokens <= MOST_TOKENS or positions.dim() != 2 or positions.shape[1] != tokens:
-        return False
-    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2 or tokens > 1):
-        return False
-    if any(isinstance(value, torch.Tensor) or value for name, value in arguments.items() if name not in _KNOWN):
-        return False
-    if arguments.get("return_dict") is False or torch.is_autocast_enabled(ids.device.type):
-        return False
-    if ids.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    for layer in cache.layers:
-        if isinstance(layer, RecurrentLayer):
-            state = layer.state
-            if state is None or not layer.has_tokens or layer.graph is not None or tokens > state.buffer:
-                return False
-            if state.base.shape[0] != ids.shape[0] or state.base.device != ids.device:
-                return False
-        elif not isinstance(layer, GrowingLayer) or layer.graph is not None:
-            return False
-    return True

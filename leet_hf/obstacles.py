@@ -1,15 +1,26 @@
-"""What stands in the way of recording a model's decode steps, and what a recording depends on."""
+"""What stands in the way of recorded decode steps: in a model, a cache, a forward; and what a recording depends on."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
+from .cache import BUFFER, RecurrentLayer
+from .growing import GrowingLayer
 from .layer import LayerBinding
 from .shapes import SoftmaxShape
 
+MOST_TOKENS = BUFFER  # of one recorded step; more pay for their launches themselves
+# Arguments of a base model's forward that a recorded step knows.
+KNOWN = {
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "use_cache", "return_dict",
+    "logits_to_keep",
+}  # fmt: skip
 ATTENTIONS = ("sdpa", "eager")  # implementations whose masks a recorded step makes
 
 
@@ -74,3 +85,49 @@ def state_of(base: nn.Module) -> tuple[Any, ...]:
     config: Any = base.config
     settings = (config._attn_implementation, getattr(config, "sliding_window", None))
     return (first.dtype, first.device, settings, *tensors, *forwards, *methods)
+
+
+def cache_obstacle(cache: Any, spec: Any) -> str | None:
+    """Why a cache can not be used with recorded steps."""
+    if type(cache) is not DynamicCache:
+        return f"the cache is a {type(cache).__name__}: recorded steps work on a DynamicCache"
+    if cache.offloading:
+        return "the cache is offloaded"
+    if len(cache.layers) != len(spec):
+        return f"{len(cache.layers)} of {len(spec)} layers run (early exit)"
+    for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, GrowingLayer) and type(layer) not in (RecurrentLayer, DynamicLayer):
+            return f"cache layer {index} is a {type(layer).__name__}"
+    return None
+
+
+def serves(base: Any, cache: Any, arguments: dict[str, Any]) -> bool:
+    """Whether a forward is one that steps are recorded for: a few tokens after others, nothing out of the ordinary."""
+    ids, positions, mask = (arguments.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
+    if ids is None or positions is None or cache is None or torch.is_grad_enabled() or base.training:
+        return False
+    tokens = ids.shape[1]
+    if not 1 <= tokens <= MOST_TOKENS or positions.dim() != 2 or positions.shape[1] != tokens:
+        return False
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2 or tokens > 1):
+        return False
+    if any(isinstance(value, torch.Tensor) or value for name, value in arguments.items() if name not in KNOWN):
+        return False
+    if arguments.get("return_dict") is False or torch.is_autocast_enabled(ids.device.type):
+        return False
+    return not (ids.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def fits(cache: Any, ids: torch.Tensor) -> bool:
+    """Whether every layer of a cache holds tokens and takes these."""
+    rows, tokens = ids.shape
+    for layer in cache.layers:
+        if isinstance(layer, RecurrentLayer):
+            state = layer.state
+            if state is None or not layer.has_tokens or tokens > state.buffer:
+                return False
+            if state.base.shape[0] != rows or state.base.device != ids.device:
+                return False
+        elif not isinstance(layer, GrowingLayer) or layer.buffers is None:
+            return False
+    return True
