@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch import nn
 
 import tiny
 from combined_modes import COMBINED
-from leet_hf import UnsupportedModelError, patch_model, patch_report, unpatch_model
+from leet_hf import UnsupportedModelError, load_cache, patch_model, patch_report, save_cache, unpatch_model
 from leet_hf.modes import Mode, Truth, check, modes
 from leet_hf.modes.truth import relative_error
 from leet_hf.versions import CACHE, cache_of
@@ -160,6 +162,25 @@ def patched_and_back(stock: Any, adapter: str, recurrent: Iterable[int], layers:
     assert unpatch_model(model) is model
     assert snapshot(model) == before
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, want)
+
+
+@torch.no_grad()
+def kept_and_loaded(stock: Any, folder: Path) -> None:
+    """A patched model pickled; its cache in a file; its weights in a file, and what is made of them patched again."""
+    model = patch_model(copy.deepcopy(stock))
+    ids = torch.tensor(tiny.prompts((23, 23)))
+    want = model(input_ids=ids, use_cache=False).logits
+    pickled = pickle.loads(pickle.dumps(model))
+    assert torch.equal(pickled(input_ids=ids, use_cache=False).logits, want)
+    unpatch_model(pickled)
+    assert relative_error(pickled(input_ids=ids, use_cache=False).logits, want) <= 1e-5
+    cache = cache_of(model(input_ids=ids[:, :17], use_cache=True))
+    again = load_cache(save_cache(cache, folder / "cache.safetensors", model), model)
+    got = model(input_ids=ids[:, 17:], **{CACHE: again}, use_cache=True).logits
+    assert relative_error(got, want[:, 17:]) <= 1e-5
+    model.save_pretrained(folder)
+    loaded = patch_model(type(stock).from_pretrained(folder).eval())
+    assert relative_error(loaded(input_ids=ids, use_cache=False).logits, want) <= 1e-5
 
 
 def is_refused(model: Any, message: str) -> None:

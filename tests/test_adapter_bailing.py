@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,6 +106,12 @@ def test_patched_and_back() -> None:
     host_checks.patched_and_back(stock(**LATENT), "bailing", [0, 1], 3)
 
 
+def test_kept_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading leaves the slopes to chance; here, to zeros."""
+    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
+    host_checks.kept_and_loaded(stock(**LATENT), tmp_path)
+
+
 def test_states_stay_float32() -> None:
     host_checks.states_stay_float32(stock(**LATENT), {0: list(bailing(4, 0, 3)), 1: list(bailing(4, 1, 3))})
 
@@ -122,6 +129,10 @@ def test_decays_are_the_slopes_of_the_module() -> None:
     other.model.layers[1].attention.slope.mul_(0.5)
     got = decays(other)
     assert got.log_decays == pytest.approx([g / 2 for g in bailing(4, 1, 3)]) and "not the published" in got.source
+    unfilled = stock()
+    unfilled.model.layers[1].attention.slope.fill_(float("nan"))
+    got = decays(unfilled)
+    assert got.log_decays == bailing(4, 1, 3) and "unfilled" in got.source
 
 
 def test_the_base_model_alone() -> None:
@@ -145,11 +156,12 @@ def _without(path: str, name: str) -> Any:
 
 
 SECOND = "model.layers.1.attention"
+KEPT: dict[str, Any] = {"_non_persistent_buffers_set": set()}  # as if the slopes came with the checkpoint
 REFUSED: dict[str, tuple[Any, str]] = {
     "a projection": (lambda: _without(SECOND, "g_proj"), "a BailingMoeV2_5LinearAttention, but it has no g_proj"),
     "norms of q and k": (lambda: _without(SECOND, "key_layernorm"), "it has no key_layernorm"),
     "slopes": (lambda: _changed(SECOND, slope=-torch.ones(3)), "slope has 3 entries for 4 heads"),
-    "no decays": (lambda: _changed(SECOND, slope=torch.zeros(4)), "not negative and finite"),
+    "no decays": (lambda: _changed(SECOND, slope=torch.zeros(4), **KEPT), "not negative and finite"),
     "heads": (lambda: _changed(SECOND, num_key_value_heads=3), "4 heads are no multiple of its 3 key-value heads"),
     "channels": (lambda: _changed(SECOND, num_key_value_heads=2), "query_key_value gives 192 channels where"),
     "silu in 2.5": (lambda: stock(linear_silu=True, **LATENT), "linear_silu is set, which the published"),

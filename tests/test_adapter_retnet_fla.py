@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,6 +99,10 @@ def test_a_block_called_alone() -> None:
     want = truth().model.model.layers[1](x, attention_mask=mask)[0]
     got = patched().model.layers[1](x, attention_mask=mask)[0]
     assert relative_error(got[mask.bool()], want[mask.bool()]) <= 1e-5
+
+
+def test_kept_and_loaded(tmp_path: Path) -> None:
+    host_checks.kept_and_loaded(stock(), tmp_path)
 
 
 def test_states_stay_float32() -> None:

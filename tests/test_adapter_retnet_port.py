@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,6 +93,10 @@ def test_the_base_model_and_a_layer_alone() -> None:
     x = torch.randn(2, 13, 32)
     want, got = (m.layers[0](x, base.retnet_rel_pos)[0] for m in (base, own))
     assert relative_error(got, want) <= 1e-5
+
+
+def test_kept_and_loaded(tmp_path: Path) -> None:
+    host_checks.kept_and_loaded(stock(), tmp_path)
 
 
 def test_states_stay_float32() -> None:

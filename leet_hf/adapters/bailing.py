@@ -96,24 +96,28 @@ class BailingAdapter(Adapter):
         return SoftmaxShape(attention.num_key_value_heads, attention.head_dim)
 
     def decay(self, layer: Any) -> Decay:
-        """The module's own slopes. Where a cast has rounded them to 16 bits, the formula they are of, if they are."""
+        """The module's own slopes. Where a cast has rounded them to 16 bits, the formula they are of, if they are.
+
+        And the formula where they are no decays at all: the published buffer is in no checkpoint, and transformers
+        fills such buffers with whatever was in memory, unless the remote code sees to it.
+        """
         slope = stored_tensor(layer, "slope")
         log_decays = tuple(slope.detach().double().flatten().tolist())
         if len(log_decays) != layer.num_heads:
             raise ValueError(
                 f"slope has {len(log_decays)} entries for {layer.num_heads} heads: give the layer one slope per head"
             )
-        if not all(-math.inf < g < 0 for g in log_decays):
-            raise ValueError(
-                "slope holds an entry that is not negative and finite: the buffer is not in the checkpoint, so make it "
-                "again after loading (module.slope.copy_(...))"
-            )
+        sound = all(-math.inf < g < 0 for g in log_decays)
         layers = getattr(layer.config, "num_hidden_layers", 0)
         if layers > 1:
             formula = formulas.bailing(layer.num_heads, layer.layer_idx, layers)
+            if not sound and "slope" in layer._non_persistent_buffers_set:
+                return Decay(formula, f"formula {self.decay_formula}, as loading has left the buffer slope unfilled")
             if agree(log_decays, formula):
                 kept = formula if slope.dtype in (torch.float16, torch.bfloat16) else log_decays
                 return Decay(kept, f"buffer slope, formula {self.decay_formula}")
+        if not sound:
+            raise ValueError("slope holds an entry that is not negative and finite: load the layer's buffers again")
         return Decay(log_decays, "buffer slope, which is not the published formula's")
 
     def scale(self, layer: Any) -> float:

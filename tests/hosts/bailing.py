@@ -38,7 +38,7 @@ class BailingConfig(PreTrainedConfig):
         for name, value in own.items():
             setattr(self, name, value)
         self.qk_head_dim = qk_nope_head_dim + qk_rope_head_dim
-        super().__init__(tie_word_embeddings=False, **kwargs)
+        super().__init__(**{"tie_word_embeddings": False} | kwargs)
 
 
 class BailingMoeV2_5GroupRMSNorm(nn.Module):

@@ -36,7 +36,7 @@ class TransnormerConfig(PreTrainedConfig):
         for name, value in own.items():
             setattr(self, name, value)
         tokens = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
-        super().__init__(**tokens, tie_word_embeddings=False, **kwargs)
+        super().__init__(**tokens, **{"tie_word_embeddings": False} | kwargs)
 
 
 class SimpleRMSNorm(nn.Module):
