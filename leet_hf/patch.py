@@ -15,6 +15,7 @@ from .generation import GenerationBinding, RecurrentGeneration, install_generati
 from .host import HostBinding
 from .hosts.softmax import SoftmaxBinding
 from .layer import LayerBinding
+from .module import recurrent_modules
 from .report import LayerReport, PatchReport
 from .slots import foreign_forward, has_entry, install_forward, meta_tensor, restore_forward
 
@@ -240,6 +241,8 @@ def _unsupported(model: nn.Module) -> str:
     if stray:
         adapter, name = stray[0]
         found = f"has {name or 'itself'}, a {adapter.layer_class}, without the {adapter.base_class}: pass that"
+    elif recurrent_modules(model):
+        found = "has DecayLinearAttention layers, which need no patching, and no layer that an adapter recognises"
     else:
         found = "has no linear-attention layer that an adapter recognises"
     return f"{type(model).__name__} {found}. Supported:\n{supported}"

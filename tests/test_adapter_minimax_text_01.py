@@ -66,7 +66,7 @@ def test_patching_and_back() -> None:
 
 def test_states_stay_float32() -> None:
     decays = {index: list(formulas.minimax_text_01(4, index, 3)) for index in (0, 1)}
-    host_checks.states_stay_float32(stock(), decays, tokens=150)
+    host_checks.states_stay_float32(stock(), decays, tokens=80)
 
 
 def test_a_trainer_is_not_told_that_the_loss_takes_more_arguments(tmp_path: Any) -> None:

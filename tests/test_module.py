@@ -352,6 +352,10 @@ def test_modes_of_a_model_with_it(name: str) -> None:
     host_checks.must_agree(name, own(), truth())
 
 
+def test_patching_it_is_not_needed() -> None:
+    host_checks.is_refused(own(), "DecayLinearAttention layers, which need no patching")
+
+
 def test_compiled_steps_of_a_model_with_it() -> None:
     """After `upgrade_cache`, one graph serves all lengths."""
     model, tokens = own(), tiny.prompts()[0]
