@@ -46,8 +46,29 @@ def test_modes(name: str) -> None:
     host_checks.must_agree(name, patched(), truth())
 
 
+HYBRID: dict[str, Any] = {"attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "rope_theta": 5e5}}
+SHORT = (
+    "greedy", "beam", "left-padding", "middle-padding", "chunked-prefill", "packed-lengths", "packed-positions",
+    "chat", "static-cache", "static-cache-given", "static-middle-padding", "prompt-lookup", "early-exit", "lora",
+    "device-map", "reset", "reorder",
+)  # fmt: skip
+
+
+@functools.cache
+def hybrid() -> tuple[Any, Truth]:
+    model = stock(num_hidden_layers=2, **HYBRID)
+    return patch_model(copy.deepcopy(model)), Truth(model, tiny.prompts())
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_modes_with_a_softmax_layer(name: str) -> None:
+    """Those in which it has a part."""
+    host_checks.must_agree(name, *hybrid())
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "as published": {},
+    "softmax layers": {"attn": HYBRID["attn"] | {"layers": [0, 2], "qkv_bias": True, "qk_norm": True}},
     "grouped heads": {"num_kv_heads": 2, "expand_k": 0.5},
     "feature map": {"feature_map": "relu"},
     "norm and gate apart": {"fuse_norm": False},
@@ -67,11 +88,12 @@ def test_checkpointing_hidden_states_and_tuples() -> None:
 
 
 def test_gradients_of_padded_and_packed_rows() -> None:
-    host_checks.same_padded_and_packed_gradients(stock())
+    host_checks.same_padded_and_packed_gradients(stock(**HYBRID))
 
 
 def test_patched_and_back() -> None:
     host_checks.patched_and_back(stock(), "retnet-fla", range(3), 3)
+    host_checks.patched_and_back(stock(**HYBRID), "retnet-fla", [0, 2], 3)
 
 
 def test_the_base_model_alone() -> None:
@@ -140,7 +162,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "its place": (lambda: _changed("model.layers.1.attn", layer_idx=2), "says it is layer 2 but is layer 1"),
     "residuals": (lambda: _changed("model", use_attnres=True), "attnres_block_size is set"),
     "a layer": (lambda: _short(), "it has 2 layers"),
-    "softmax": (lambda: _changed("model.layers.1", attn=nn.Linear(32, 32)), "layers.1.attn is a Linear, which keeps"),
+    "softmax": (
+        lambda: _changed("model.layers.1", attn=nn.Linear(32, 32)),
+        "layers.1.attn is a Linear and it has no q_proj",
+    ),
+    "windows": (lambda: stock(attn=HYBRID["attn"] | {"window_size": 4}), "its window_size is 4"),
     "a head's forward": (lambda: _wrapped(), "has had its forward replaced already"),
 }
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import decay as formulas
 from ..hosts.head import HEAD_METHODS
-from ..hosts.retnet_fla import fla_forward, fla_head_forward, fla_layer_forward
+from ..hosts.retnet_fla import fla_forward, fla_head_forward, fla_layer_forward, fla_softmax_forward
 from ..retnet.positions import rotate
 from ..shapes import RecurrentShape, SoftmaxShape
 from .base import Adapter, Decay, Projected
@@ -19,8 +19,9 @@ class FlaRetNetAdapter(Adapter):
     """`fla.layers.MultiScaleRetention` inside `fla.models.RetNetModel`.
 
     q and k with rope (not xPos), perhaps a feature map before it, fewer heads for k and v than for q; scale K^-0.5;
-    RMSNorm per head and a gate, in one module or in two (the sources of flash-linear-attention 0.6.0). The port of
-    torchscale's RetNet has classes of the same names; this one has `attn` in its blocks, the other `retention`.
+    RMSNorm per head and a gate, in one module or in two (the sources of flash-linear-attention 0.6.0). Softmax layers
+    (`config.attn`) are made to use standard caches. The port of torchscale's RetNet has classes of the same names; this
+    one has `attn` in its blocks, the other `retention`.
     """
 
     name = "retnet-fla"
@@ -29,6 +30,7 @@ class FlaRetNetAdapter(Adapter):
     decay_formula = "log(1 - 2^(-5-h))"
     base_forward = staticmethod(fla_forward)
     layer_forward = staticmethod(fla_layer_forward)
+    softmax_forward = staticmethod(fla_softmax_forward)
     head_methods = HEAD_METHODS | {"forward": fla_head_forward}
 
     def owns_layer(self, module: nn.Module) -> bool:
@@ -69,11 +71,14 @@ class FlaRetNetAdapter(Adapter):
         if len(base.layers) != count:
             return f"it has {len(base.layers)} layers and its config.num_hidden_layers is {count}"
         attentions: list[tuple[str, Any]] = self.attentions(base)
+        retentions = [attention for _, attention in attentions if self.owns_layer(attention)]
         for path, attention in attentions:
             if not self.owns_layer(attention):
-                return f"its {path} is a {type(attention).__name__}, which keeps keys in FLA's own cache alone"
-            if attention.rotary.base != base.layers[0].attn.rotary.base:
-                return f"its {path} has another rotary.base than its first layer"
+                reason = _softmax_misfit(attention)
+                if reason is not None:
+                    return f"its {path} is a {type(attention).__name__} and {reason}"
+            elif attention.rotary.base != retentions[0].rotary.base:
+                return f"its {path} has another rotary.base than its first retention"
         return None
 
     def attentions(self, base: Any) -> list[tuple[str, nn.Module]]:
@@ -84,6 +89,8 @@ class FlaRetNetAdapter(Adapter):
 
     def shape(self, attention: Any) -> RecurrentShape | SoftmaxShape:
         few = attention.num_kv_heads
+        if not self.owns_layer(attention):
+            return SoftmaxShape(few, attention.head_dim)
         return RecurrentShape(attention.num_heads, few, few, attention.head_k_dim, attention.head_v_dim)
 
     def decay(self, layer: Any) -> Decay:
@@ -113,6 +120,17 @@ class FlaRetNetAdapter(Adapter):
 def has_parts_of_fla(retention: nn.Module) -> bool:
     """Whether a MultiScaleRetention is FLA's, perhaps with a part missing: the port calls none of its parts so."""
     return hasattr(retention, "o_proj") or hasattr(retention, "rotary")
+
+
+def _softmax_misfit(attention: Any) -> str | None:
+    needed = ["q_proj", "k_proj", "v_proj", "o_proj", "rotary", "num_heads", "num_kv_heads", "head_dim"]
+    needed += ["q_norm", "k_norm"] if getattr(attention, "qk_norm", False) else []
+    lacking = lacks(attention, needed)
+    if lacking is not None:
+        return lacking
+    if getattr(attention, "window_size", None) is not None:
+        return f"its window_size is {attention.window_size}: windows of softmax layers are not served"
+    return _rotary_misfit(attention.rotary, attention.head_dim)
 
 
 def _rotary_misfit(rotary: Any, dim: int) -> str | None:

@@ -1,18 +1,35 @@
-"""Forwards of FLA's RetNet: base model, retention, and language model."""
+"""Forwards of FLA's RetNet: base model, retention, softmax attention, and language model."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..host import prepare, real_positions
+from ..host import LINEAR, SOFTMAX, Prepared, prepare, real_positions
 from ..packing import sequence_positions
-from ..retnet.positions import rotary_angles, rotary_tables
+from ..retnet.positions import rotary_angles, rotary_tables, rotate
 from ..versions import CACHE, cache_argument, merge_with_config_defaults
 from .remote import Context, Record, attend_in, context, given_or, kinds_of, local_mask, positions_alone, run_layer
+from .softmax import eager_attention
+
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+class SoftmaxPlace(NamedTuple):
+    """What a softmax layer needs of a forward, in the place of the mask. mask: what the attention function takes.
+
+    positions [B, T] (B may be 1). implementation: of the attention. bounds: of packed sequences, for flash attention.
+    """
+
+    mask: Any
+    positions: Tensor
+    implementation: str
+    bounds: dict[str, Any]
 
 
 @merge_with_config_defaults
@@ -34,7 +51,8 @@ def fla_forward(
 
     Arguments as in the host. Besides: `position_ids` [B, T] (default: pads are not counted) and `cache`, another name
     of `past_key_values`. Packed sequences by `cu_seqlens`, the host's name, or by the names of transformers. Where
-    attentions are asked for, each is the state [B, H, K, V] of its layer. Raises ValueError as `leet_hf.host.prepare`.
+    attentions are asked for, that of a retention is its state [B, H, K, V]. Raises ValueError as
+    `leet_hf.host.prepare`.
     """
     past = cache_argument(past_key_values, cache)
     if kwargs.get("cu_seqlens") is not None and kwargs.get("cu_seq_lens_q") is not None:
@@ -52,12 +70,12 @@ def fla_forward(
     record = Record.of(self.config, output_hidden_states, output_attentions)
     hidden_states = ready.hidden_states
     positions = sequence_positions(ready.position_ids, ready.arguments.get("seq_idx"))
-    given = context(ready, _tables(self.layers[0].attn, positions, hidden_states))
-    for layer, _ in zip(self.layers, kinds, strict=False):  # fewer kinds than layers: early exit
+    given = _given(self, ready, positions)
+    for layer, kind in zip(self.layers, kinds, strict=False):  # fewer kinds than layers: early exit
         record.add_hidden(hidden_states)
         outputs = run_layer(
-            self, layer, hidden_states, attention_mask=given, past_key_values=ready.cache, use_cache=bool(use_cache),
-            output_attentions=record.asked["attentions"],
+            self, layer, hidden_states, attention_mask=given[kind], past_key_values=ready.cache,
+            use_cache=bool(use_cache), output_attentions=record.asked["attentions"],
         )  # fmt: skip
         hidden_states = outputs[0]
         record.add(outputs)
@@ -95,6 +113,39 @@ def fla_layer_forward(
     return output, state, past
 
 
+def fla_softmax_forward(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Any = None,
+    past_key_values: Any = None,
+    output_attentions: bool | None = False,
+    use_cache: bool | None = False,
+    cache: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None, Any]:
+    """Replaces the forward of a softmax layer. Returns its output, its weights if asked for and made, and the cache.
+
+    attention_mask: a SoftmaxPlace from the base forward, or None where the block is called alone; ValueError otherwise.
+    """
+    past = cache_argument(past_key_values, cache)
+    given = attention_mask
+    if not isinstance(given, SoftmaxPlace):
+        if attention_mask is not None:
+            raise ValueError("attention_mask was given to a softmax layer alone: call the model, which makes masks")
+        given = SoftmaxPlace(None, positions_alone(self, hidden_states, past), "sdpa", {})
+    q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+    if getattr(self, "qk_norm", False):
+        q, k = self.q_norm(q), self.k_norm(k)
+    tables = _tables(self, given.positions, hidden_states)
+    q, k, v = (x.transpose(1, 2) for x in (rotate(q, *tables, "rope"), rotate(k, *tables, "rope"), v))
+    if past is not None:
+        k, v = past.update(k, v, self._leet.index)
+    k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k, v))
+    attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(given.implementation, eager_attention)
+    o, weights = attend(self, q, k, v, given.mask, dropout=0.0, scaling=self.head_dim**-0.5, **given.bounds)
+    return self.o_proj(o.flatten(-2)), weights if output_attentions else None, past
+
+
 def fla_head_forward(
     self: Any,
     input_ids: Tensor | None = None,
@@ -127,6 +178,17 @@ def fla_head_forward(
         position_ids=position_ids,
         **kwargs,
     )
+
+
+def _given(base: Any, ready: Prepared, positions: Tensor) -> dict[str, Any]:
+    """What layers of each kind get in the place of the mask."""
+    retention = next(block.attn for block in base.layers if hasattr(block.attn, "head_k_dim"))
+    bounds = {name: ready.arguments[name] for name in BOUNDS if name in ready.arguments}
+    mask = ready.masks.get(SOFTMAX)
+    return {
+        LINEAR: context(ready, _tables(retention, positions, ready.hidden_states)),
+        SOFTMAX: SoftmaxPlace(mask, positions, base.config._attn_implementation, bounds),
+    }
 
 
 def _tables(layer: Any, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,7 @@ def softmax_forward(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if past is not None:
         k, v = past.update(k, v, self._leet.index)
-    attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(given.implementation, _eager)
+    attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(given.implementation, eager_attention)
     dropout = self.attention_dropout if self.training else 0.0
     o, weights = attend(self, q, k, v, given.mask, dropout=dropout, scaling=self.head_dim**-0.5, **given.bounds)
     o = o.flatten(-2)
@@ -85,7 +85,7 @@ def softmax_forward(
     return self.o_proj(o), weights if output_attentions else None, past
 
 
-def _eager(
+def eager_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float, dropout: float = 0.0, **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

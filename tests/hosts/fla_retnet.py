@@ -212,6 +212,57 @@ class MultiScaleRetention(nn.Module):
         return self.o_proj(o), None, past_key_values
 
 
+class Attention(nn.Module):
+    """FLA's softmax attention, for the layers that config.attn names: rope of a base of its own, no cache here."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        window_size: int | None = None,
+        rope_theta: float = 10000.0,
+        layer_idx: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.layer_idx, self.qk_norm, self.window_size = num_heads, layer_idx, qk_norm, window_size
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.num_kv_groups, self.head_dim = num_heads // self.num_kv_heads, hidden_size // num_heads
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        if qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
+        self.rotary = RotaryEmbedding(self.head_dim, rope_theta)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None, None]:
+        assert past_key_values is None
+        rows, tokens, _ = hidden_states.shape
+        o = torch.zeros_like(hidden_states)
+        for row, places, offset in _sequences(rows, tokens, attention_mask, kwargs.get("cu_seqlens"), 0):
+            x = hidden_states[row, places]
+            q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+            if self.qk_norm:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.rotary(q, offset), self.rotary(k, offset)
+            k, v = (t.repeat_interleave(self.num_kv_groups, dim=1) for t in (k, v))
+            scores = torch.einsum("thd,shd->hts", q, k) * self.head_dim**-0.5
+            scores = scores.masked_fill(torch.ones(len(x), len(x), dtype=torch.bool).triu(1), float("-inf"))
+            o[row, places] = torch.einsum("hts,shd->thd", scores.softmax(-1), v).flatten(-2)
+        return self.o_proj(o), None, None
+
+
 def _sequences(
     rows: int, tokens: int, mask: Tensor | None, bounds: Tensor | None, seen: int
 ) -> list[tuple[int, Tensor, int]]:
@@ -264,11 +315,15 @@ class RetNetBlock(GradientCheckpointingLayer):
         self.config, self.layer_idx = config, layer_idx
         norm = RMSNorm if config.fuse_norm else nn.RMSNorm
         self.attn_norm = norm(config.hidden_size, eps=config.norm_eps)
-        self.attn = MultiScaleRetention(
-            config.attn_mode, config.hidden_size, config.expand_k, config.expand_v, config.num_heads,
-            config.num_kv_heads, config.feature_map, config.use_output_gate, config.hidden_act,
-            config.elementwise_affine, config.norm_eps, config.fuse_norm, layer_idx,
-        )  # fmt: skip
+        softmax = dict(config.attn or {})
+        if layer_idx in softmax.pop("layers", ()):
+            self.attn: nn.Module = Attention(config.hidden_size, layer_idx=layer_idx, **softmax)
+        else:
+            self.attn = MultiScaleRetention(
+                config.attn_mode, config.hidden_size, config.expand_k, config.expand_v, config.num_heads,
+                config.num_kv_heads, config.feature_map, config.use_output_gate, config.hidden_act,
+                config.elementwise_affine, config.norm_eps, config.fuse_norm, layer_idx,
+            )  # fmt: skip
         self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.hidden_ratio, config.intermediate_size)
         self.use_attnres = config.attnres_block_size is not None
