@@ -11,7 +11,8 @@ from torch import nn
 
 import host_checks
 import tiny
-from hosts.sala import LIGHTNING, HypeNetForCausalLM, LightningConfig
+from hosts.hypenet import HypeNetForCausalLM
+from hosts.sala import LIGHTNING, LightningConfig
 from leet_hf import patch_model
 from leet_hf.modes import Truth
 
