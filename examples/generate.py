@@ -8,6 +8,8 @@
 The first prompt is streamed as it is written. Its cache is saved to OUTPUT/cache.safetensors and resumed from there, as
 another program would, without reading the prompt again. Then all prompts are written at once, as a left-padded batch.
 OUTPUT/summary.json keeps what was written.
+
+Measured: --smoke takes 8 s of processor time on one thread, nearly all of it imports.
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@
 --text: one {"messages": [{"role": ..., "content": ...}, ...]} a line in a .jsonl file; of plain text, questions for
 what a line begins with are made. Started again, it goes on from its last checkpoint. The output folder then holds
 model/ (a stock Transformers checkpoint, its tokenizer with the chat template), loss.png and summary.json.
+
+Measured: --smoke takes 20 s of processor time on one thread (imports included) and 0.82 GiB; four steps took the loss
+of held-out answers from 3.33 to 3.01 nats per token.
 """
 
 from __future__ import annotations
