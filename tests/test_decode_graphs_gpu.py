@@ -222,22 +222,6 @@ def test_one_model_in_two_threads() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_replaying_takes_less_time_than_launching() -> None:
-    model = patch_model(tiny.model("all-linear", num_hidden_layers=16, layer_types=[tiny.LINEAR] * 16).cuda())
-    options = OPTIONS | {"max_new_tokens": 64}
-
-    def seconds(model: Any) -> float:
-        model.generate(ids(1), **options)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        model.generate(ids(1), **options)
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
-
-    assert seconds(model) < 0.5 * seconds(plain(model))
-
-
 def test_a_million_tokens_in_constant_memory() -> None:
     model = patch_model(tiny.model("all-linear", num_hidden_layers=2, layer_types=[tiny.LINEAR] * 2).cuda())
     peaks = []
