@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch import nn
 
 import tiny
 from combined_modes import COMBINED
 from leet_hf import UnsupportedModelError, load_cache, patch_model, patch_report, save_cache, unpatch_model
 from leet_hf.modes import Mode, Truth, check, modes
+from leet_hf.modes.placing import with_lora
 from leet_hf.modes.truth import relative_error
 from leet_hf.versions import CACHE, cache_of
 from patching import snapshot
@@ -181,6 +183,23 @@ def kept_and_loaded(stock: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     loaded = patch_model(type(stock).from_pretrained(folder).eval())
     assert relative_error(loaded(input_ids=ids, use_cache=False).logits, want) <= 1e-5
+
+
+@torch.no_grad()
+def patched_after_wrapping(stock: Any, folder: Path) -> None:
+    """LoRA adapters, and weights on the disk by hooks of accelerate, that are there before the patch."""
+    ids = torch.tensor(tiny.prompts((15, 15)))
+    wrapped = with_lora(copy.deepcopy(stock))
+    want = wrapped(input_ids=ids, use_cache=False).logits
+    assert relative_error(patch_model(wrapped)(input_ids=ids).logits, want) <= 1e-5
+    spread = copy.deepcopy(stock)
+    places = {"lm_head": "cpu"} | {f"model.{name}": "cpu" for name, _ in spread.model.named_children()}
+    del places["model.layers"]
+    places |= {f"model.layers.{i}": "disk" for i in range(len(spread.model.layers))}
+    spread = patch_model(dispatch_model(spread, places, main_device="cpu", offload_dir=folder))
+    want = stock(input_ids=ids, use_cache=False).logits
+    assert relative_error(spread(input_ids=ids).logits, want) <= 1e-5
+    assert torch.equal(unpatch_model(spread)(input_ids=ids, use_cache=False).logits, want)
 
 
 def is_refused(model: Any, message: str) -> None:

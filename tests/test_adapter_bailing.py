@@ -112,6 +112,11 @@ def test_kept_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     host_checks.kept_and_loaded(stock(**LATENT), tmp_path)
 
 
+def test_patched_after_wrapping(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    host_checks.patched_after_wrapping(stock(**LATENT), tmp_path)
+
+
 def test_states_stay_float32() -> None:
     host_checks.states_stay_float32(stock(**LATENT), {0: list(bailing(4, 0, 3)), 1: list(bailing(4, 1, 3))})
 

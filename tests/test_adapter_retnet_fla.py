@@ -127,6 +127,11 @@ def test_kept_and_loaded(tmp_path: Path) -> None:
     host_checks.kept_and_loaded(stock(), tmp_path)
 
 
+def test_patched_after_wrapping(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    host_checks.patched_after_wrapping(stock(**HYBRID), tmp_path)
+
+
 def test_states_stay_float32() -> None:
     host_checks.states_stay_float32(stock(), {0: list(retnet(4)), 2: list(retnet(4))})
 

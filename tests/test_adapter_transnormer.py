@@ -85,6 +85,11 @@ def test_kept_and_loaded(tmp_path: Path) -> None:
     host_checks.kept_and_loaded(stock(), tmp_path)
 
 
+def test_patched_after_wrapping(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    host_checks.patched_after_wrapping(stock(), tmp_path)
+
+
 def test_states_stay_float32() -> None:
     host_checks.states_stay_float32(stock(), {0: list(minimax_text_01(4, 0, 3)), 2: list(minimax_text_01(4, 2, 3))})
 
