@@ -1,0 +1,71 @@
+"""Put the results that are there into README's tables: nothing is timed.
+
+    python benchmarks/readme.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, table
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- measured: benchmarks/readme.py -->", "<!-- end -->"
+
+
+def ops(record: dict[str, Any]) -> str:
+    """Whole calls of the operator: ours, peers of the same run, fractions of the floor."""
+    columns = ["shape", "ours ms", "fla ms", "x fla", "of floor %", "ours both ms", "fla both ms", "both x fla"]
+    rows = record["rows"]
+    return table(rows, [c for c in [*columns, "both of floor %"] if any(c in row for row in rows)])
+
+
+def blocks(record: dict[str, Any]) -> str:
+    """The best block shape of every pass over time."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in record["rows"]:
+        if "ms" in row and row["ms"] < best.get(row["pass"], {"ms": float("inf")})["ms"]:
+            best[row["pass"]] = row
+    return table([*best.values()], ["pass", "ms", "of floor %"])
+
+
+def step(record: dict[str, Any]) -> str:
+    """The decode step, of one token and of four."""
+    columns = ["shape", "T1 us", "fla us", "x fla", "read state us", "of state read %", "T4 us", "T4 / T1"]
+    return table(record["rows"], [c for c in columns if any(c in row for row in record["rows"])])
+
+
+def generate(record: dict[str, Any]) -> str:
+    """Whole models, a decoded token."""
+    columns = ["what", "ours ms", "peer ms", "x peer", "floor ms", "of floor %", "ours cache MB"]
+    return table(record["rows"], [c for c in columns if any(c in row for row in record["rows"])])
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "ops": ("The operator, forward and forward + backward", ops),
+    "blocks": ("One pass over time (the forward is one, the backward three)", blocks),
+    "step": ("The decode step in a CUDA graph, averaged over whole buffer cycles", step),
+    "generate": ("Whole models with random weights, greedy, per decoded token", generate),
+}
+
+
+def readme(results: Path = RESULTS) -> str:
+    """README.md with the tables of the results in place of those it holds."""
+    parts = []
+    for name, (title, make) in TABLES.items():
+        path = results / f"{name}.json"
+        if path.exists():
+            record = json.loads(path.read_text())
+            versions = ", ".join(f"{n} {record['versions'][n]}" for n in ("torch", "triton") if n in record["versions"])
+            copy = record["copy_bytes_per_second"] / 1e12
+            where = f"{record['device']}, {versions}, copy {copy:.2f} TB/s"
+            parts += [f"{title} (`{name}.py`; {where}):", make(record)]
+    before, rest = README.read_text().split(BEGIN)
+    return before + "\n\n".join([BEGIN, *parts, END]) + rest.split(END, 1)[1]
+
+
+if __name__ == "__main__":
+    README.write_text(readme())
