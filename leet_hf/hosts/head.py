@@ -40,7 +40,7 @@ def head_forward(
     output_attentions: bool | None = None,
     output_hidden_states: bool | None = None,
     return_dict: bool | None = None,
-    logits_to_keep: Any = 0,
+    logits_to_keep: Any = None,
     cache: Any = None,
     **kwargs: Any,
 ) -> Any:

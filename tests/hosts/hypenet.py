@@ -1,8 +1,8 @@
 """HypeNet in plain PyTorch: class, parameter and argument names as in its code.
 
 Structure and names from `halo/modeling/hypenet/` of thunlp/hybrid-linear-attention; what it shares with MiniCPM-SALA is
-in `sala.py`. There is no cache, but its softmax layers, which stay as they are, hand keys and values to one as theirs do.
-Left out: short convolutions, other mixers, dropout, scaling of logits.
+in `sala.py`. There is no cache, but its softmax layers, which stay as they are, hand keys and values to one as theirs
+do. Left out: short convolutions, other mixers, dropout, scaling of logits.
 """
 
 from __future__ import annotations
