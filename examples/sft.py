@@ -97,11 +97,13 @@ def main() -> None:
     write_whole(chosen.output / "model", lambda folder: trainer.save_model(str(folder)))
 
     saved, tokenizer = load(chosen.output / "model")
+    saved.to(model.device)
     question = held[0]["messages"][:1]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    torch.manual_seed(0)
     with torch.inference_mode():
-        ids = saved.eval().generate(**inputs, max_new_tokens=16 if chosen.smoke else 80, use_cache=True)
+        ids = saved.eval().generate(
+            **inputs.to(saved.device), max_new_tokens=16 if chosen.smoke else 80, use_cache=True
+        )
     answer = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     result |= {"settings": settings, "question": question[0]["content"], "answer": answer}
     report(chosen.output, result)

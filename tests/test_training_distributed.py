@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -45,6 +46,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_process() -> distributed_training.Result:
+    AcceleratorState._reset_state(reset_partial_state=True)  # what tests before this one settled on
     return distributed_training.by_accelerate(Accelerator(cpu=True))[1]
 
 

@@ -103,6 +103,15 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert summary["resumed"].startswith(streamed)
 
 
+@pytest.mark.parametrize("script", [finetune, finetune_lora], ids=lambda script: script.__name__)
+def test_checkpointing_changes_nothing(script: ModuleType, small: Path, tmp_path: Path) -> None:
+    arguments = ("--smoke", "--model", small, "--steps", 2, "--every", 1)
+    plain = run(script, tmp_path / "plain", *arguments)["history"]
+    saved = run(script, tmp_path / "saved", *arguments, "--checkpointing")["history"]
+    for entry, expected in zip(saved, plain, strict=True):
+        assert entry == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("script", [finetune, finetune_lora, generate, sft, train_from_scratch])
 def test_help(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", [script.__name__, "--help"])
