@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import tiny
+import tiny_retnet
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -25,6 +26,15 @@ def run(script: ModuleType, output: Path, *arguments: Any) -> dict[str, Any]:
         patch.setattr(sys, "argv", command)
         script.main()
     return json.loads((output / "summary.json").read_text())
+
+
+def save_small_retnet(folder: Path) -> Path:
+    """A tiny random RetNet of two layers with the shipped model's tokenizer, as a checkpoint."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(SHIPPED)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tiny_retnet.model("fla", vocab_size=len(tokenizer), num_hidden_layers=2, **ends).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def save_small(folder: Path, **changes: Any) -> Path:

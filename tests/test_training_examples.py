@@ -19,7 +19,8 @@ import finetune_lora
 import generate
 import sft
 import train_from_scratch
-from scripts import SHIPPED, run, save_small
+from leet_hf.retnet import RetNetForCausalLM
+from scripts import SHIPPED, run, save_small, save_small_retnet
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,16 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     # The streamed text is a beginning of what was written on from its saved cache.
     streamed = next(line for line in out.splitlines() if line.startswith("In the beginning"))
     assert summary["resumed"].startswith(streamed)
+
+
+@pytest.mark.parametrize("script", [finetune, finetune_lora, sft], ids=lambda script: script.__name__)
+def test_retnet(script: ModuleType, tmp_path: Path) -> None:
+    model = save_small_retnet(tmp_path / "retnet")
+    summary = run(script, tmp_path / "out", "--smoke", "--model", model, "--steps", 2, "--every", 1)
+    written(tmp_path / "out", summary, steps=2)
+    assert summary["held_out"]["after"] < summary["held_out"]["before"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / ("merged" if script is finetune_lora else "model"))
+    assert type(merged) is RetNetForCausalLM
 
 
 @pytest.mark.parametrize("script", [finetune, finetune_lora], ids=lambda script: script.__name__)

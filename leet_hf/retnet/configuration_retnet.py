@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -60,7 +60,7 @@ class RetNetConfig(PreTrainedConfig):
     """
 
     model_type = "retnet"
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]  # a list: Trainer adds to it
     attribute_map = {"num_attention_heads": "num_heads", "num_key_value_heads": "kv_heads"}
     base_model_tp_plan = {
         "layers.*.mlp.gate_proj": "colwise",
