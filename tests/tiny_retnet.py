@@ -32,12 +32,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "fla": {},
     "torchscale": TORCHSCALE,
     "port": TORCHSCALE | {
-        "decay": "retnet_language_model", "mlp_type": "ffn", "mlp_bias": True, "subln": True, "tie_word_embeddings": True,
+        "decay": "retnet_language_model", "mlp_type": "ffn", "mlp_bias": True, "subln": True,
+        "tie_word_embeddings": True,
     },
     "deepnorm": TORCHSCALE | {"deepnorm": True, "retention_scale": "decay", "initializer_range": 0.25},
     "grouped": {
         "num_kv_heads": 2, "expand_k": 0.5, "expand_v": 1.5, "norm_type": "layernorm", "head_norm_type": "layernorm",
-        "attention_bias": True, "feature_map": "elu", "fuse_norm": False,
+        "attention_bias": True, "feature_map": "relu", "fuse_norm": False,
     },
     "hybrid": {"attn": {"layers": [0, 2], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True}},
 }  # fmt: skip
@@ -49,12 +50,12 @@ def config(kind: str = "fla", **changes: Any) -> RetNetConfig:
 
 
 def model(kind: str = "fla", *, seed: int = 0, cls: type = RetNetForCausalLM, **changes: Any) -> Any:
-    """A tiny random model in eval mode, float32; norms and biases random too. The same weights for the same arguments."""
+    """A tiny random model in eval mode, float32; norms and biases random too. The same for the same arguments."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = cls(config(kind, **changes)).eval()
         with torch.no_grad():
-            for name, parameter in made.named_parameters():
+            for parameter in made.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(0.2 * torch.randn_like(parameter))
         return made

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .configuration_retnet import RetNetConfig
 
+# A value of attn_mode that FLA knows not.
+OWN_MODE = "leet_hf"
 CHOICES: dict[str, tuple[str, ...]] = {
     "position_embedding": ("rope", "theta_shift"),
     "decay": ("retnet", "retnet_language_model"),
@@ -19,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "head_norm_type": ("rmsnorm", "layernorm"),
     "subln_type": ("layernorm", "rmsnorm"),
     "mlp_type": ("glu", "ffn"),
-    "attn_mode": ("chunk", "fused_chunk", "parallel", "fused_recurrent"),
+    "attn_mode": ("chunk", "fused_chunk", "parallel", "fused_recurrent", OWN_MODE),
 }
 POSITIVE_INTEGERS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "kv_heads", "mlp_size")
 POSITIVE_NUMBERS = ("expand_k", "expand_v", "rope_theta", "norm_eps")
@@ -61,7 +63,7 @@ COMMON = frozenset(
     ]
 )
 # FLA's fields of other versions, which say nothing about the model.
-PAST_FLA = frozenset(["share_conv_kernel", "clamp_min", "clamp_max", "fuse_mlp", "rope_scaling"])
+PAST_FLA = frozenset(["share_conv_kernel", "clamp_min", "clamp_max", "fuse_mlp"])
 TORCHSCALE = frozenset(
     [
         "decoder_embed_dim",
@@ -182,20 +184,22 @@ def _checked_attn(config: RetNetConfig) -> dict[str, Any] | list[dict[str, Any]]
 
 
 def _checked_spec(config: RetNetConfig, given: dict[str, Any]) -> dict[str, Any]:
-    defaults = {"qkv_bias": False, "window_size": None, "rope_theta": 10000.0}
+    defaults: dict[str, Any] = {"qkv_bias": False, "window_size": None, "rope_theta": 10000.0}
     unknown = set(given) - {"layers", "num_heads", "num_kv_heads", *defaults}
     if unknown:
         raise ValueError(f"attn has {min(unknown)!r}, which no softmax layer of a RetNet has: take it out")
     spec = defaults | given
-    layers, heads = spec.get("layers"), spec.get("num_heads")
+    layers = spec.get("layers")
     if not isinstance(layers, list | tuple) or not all(_in_range(layer, config.num_hidden_layers) for layer in layers):
         raise ValueError(f"attn['layers'] is {layers!r}, must list layers from 0 to {config.num_hidden_layers - 1}")
     if len(set(layers)) != len(layers):
         raise ValueError(f"attn['layers'] is {layers!r}: give each layer once")
-    kv_heads = spec["num_kv_heads"] = heads if spec.get("num_kv_heads") is None else spec["num_kv_heads"]
+    if spec.get("num_kv_heads") is None:
+        spec["num_kv_heads"] = spec.get("num_heads")
     for name in ("num_heads", "num_kv_heads"):
         if not _is_count(spec.get(name)):
             raise ValueError(f"attn[{name!r}] is {spec.get(name)!r}, must be a positive integer")
+    heads, kv_heads = spec["num_heads"], spec["num_kv_heads"]
     if config.hidden_size % heads or heads % kv_heads:
         raise ValueError(
             f"attn has {heads} heads and {kv_heads} of keys: the first must divide hidden_size, {config.hidden_size}, "

@@ -7,10 +7,15 @@ from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .checks import check_config, reject_unknown
+from .checks import OWN_MODE, check_config, reject_unknown
 from .registration import register_models
 
 RETENTION, SOFTMAX = "linear_attention", "full_attention"
+# Fields that FLA does not have and that change the function; their defaults are its choices.
+BEYOND_FLA = (
+    "position_embedding", "rope_theta", "decay", "retention_scale", "gate_act", "norm_type", "head_norm_type",
+    "mlp_type", "mlp_bias", "attention_bias", "subln", "deepnorm", "scale_embeddings", "norm_embeddings",
+)  # fmt: skip
 
 
 class RetNetConfig(PreTrainedConfig):
@@ -35,7 +40,8 @@ class RetNetConfig(PreTrainedConfig):
             False, "rope_theta": 10000.0}, a list of such, or None.
         max_position_embeddings, use_cache, initializer_range, tie_word_embeddings and token ids: as usual.
         attn_mode, fuse_swiglu, fuse_cross_entropy, fuse_linear_cross_entropy, use_l2warp, use_short_conv, conv_size:
-            kept for FLA. They choose its kernels, or have no effect there either; here `method` chooses.
+            kept for FLA. They choose its kernels, or have no effect there either; here `method` chooses. Where a field
+            of our own changes the function, attn_mode becomes "leet_hf": FLA, which knows no such field, refuses that.
 
     Fields of our own:
         position_embedding: "rope" (halves are rotated, angles theta^(-2i/D)) or "theta_shift" (neighbours are rotated,
@@ -61,13 +67,13 @@ class RetNetConfig(PreTrainedConfig):
 
     model_type = "retnet"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]  # a list: Trainer adds to it
-    attribute_map = {"num_attention_heads": "num_heads", "num_key_value_heads": "kv_heads"}
-    base_model_tp_plan = {
+    attribute_map = {"num_attention_heads": "num_heads", "num_key_value_heads": "kv_heads"}  # noqa: RUF012
+    base_model_tp_plan = {  # noqa: RUF012
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    base_model_pp_plan = {
+    base_model_pp_plan = {  # noqa: RUF012
         "embeddings": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
@@ -130,6 +136,10 @@ class RetNetConfig(PreTrainedConfig):
         reject_unknown(kwargs)
         super().__post_init__(**kwargs)
         self.attn = check_config(self)
+        if not self.norm_first or any(getattr(self, name) != getattr(RetNetConfig, name) for name in BEYOND_FLA):
+            self.attn_mode = OWN_MODE
+        elif self.attn_mode == OWN_MODE:
+            self.attn_mode = RetNetConfig.attn_mode
         register_models()  # whoever has a config can have its model from the Auto classes
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -36,7 +36,6 @@ class RetNetPreTrainedModel(PreTrainedModel):
     config: RetNetConfig
     config_class = RetNetConfig
     base_model_prefix = "model"
-    input_modalities = ("text",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["RetNetBlock"]  # noqa: RUF012  # transformers declares it so
     _input_embed_layer = "embeddings"
@@ -145,12 +144,12 @@ class RetNetModel(RetNetPreTrainedModel):
         return nn.functional.dropout(embeds, self.config.dropout, self.training)
 
 
-class RetNetForCausalLM(RetNetPreTrainedModel, RecurrentGeneration, GenerationMixin):
+class RetNetForCausalLM(RetNetPreTrainedModel, RecurrentGeneration, GenerationMixin):  # type: ignore[misc]
     """RetNet with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # noqa: RUF012
 
     def __init__(self, config: RetNetConfig) -> None:
         super().__init__(config)
@@ -159,6 +158,20 @@ class RetNetForCausalLM(RetNetPreTrainedModel, RecurrentGeneration, GenerationMi
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._leet = GenerationBinding(self.model._leet.spec, ())
         self.post_init()
+
+    @classmethod
+    def from_torchscale(cls, source: Any, *, config: Any = None, origin: str = "auto", **kwargs: Any) -> Any:
+        """A model with the weights of torchscale's RetNet, or of its Hugging Face port (repository syncdoth/RetNet).
+
+        source: a file, a directory or a state dict. config: its options, where they do not lie beside it: a dict, a
+        JSON file, torchscale's RetNetConfig. origin: "torchscale", "hf-port", or "auto" to tell by the keys. kwargs: of
+        `from_pretrained`, such as `dtype` and `device_map`. `leet-hf convert` writes the same model to a directory.
+
+        Raises `leet_hf.retnet.convert.ConversionError`, a ValueError, for keys, shapes or options not as expected.
+        """
+        from .convert import load
+
+        return load(cls, source, config=config, origin=origin, **kwargs)
 
     @can_return_tuple
     def forward(

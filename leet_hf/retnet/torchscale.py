@@ -144,8 +144,8 @@ def config_of(options: Mapping[str, Any], vocab_size: int) -> RetNetConfig:
     Raises ConversionError where the options contradict each other or the embeddings, where heads do not divide, or
     where the model has what RetNetForCausalLM has not: experts, two ways, no output layer.
     """
-    o: dict[str, Any] = {"use_lm_decay": False, "use_glu": True, "use_ffn_rms_norm": False}
-    o |= {"moe_freq": 0, "multiway": False} | dict(options)
+    absent: dict[str, Any] = {"use_lm_decay": False, "use_glu": True, "use_ffn_rms_norm": False}
+    o = absent | {"moe_freq": 0, "multiway": False} | dict(options)
     for name in ("moe_freq", "multiway"):
         if o[name]:
             raise ConversionError(f"{name} is {o[name]}: models with experts or with two ways can not be converted")
@@ -157,7 +157,7 @@ def config_of(options: Mapping[str, Any], vocab_size: int) -> RetNetConfig:
             raise ConversionError(f"decoder_retention_heads is {heads}, must divide {name}, {dim}, into whole heads")
     if o["vocab_size"] > 0 and o["vocab_size"] != vocab_size:
         raise ConversionError(f"vocab_size is {o['vocab_size']} but the checkpoint has {vocab_size} embeddings")
-    ours = {
+    ours: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": width,
         "num_hidden_layers": o["decoder_layers"],
