@@ -1,23 +1,23 @@
-"""Conversion of RetNet checkpoints: the same function, bit-equal weights, and a target that is whole or untouched."""
+"""Conversion of RetNet checkpoints: the same function, bit-equal weights, from every form a checkpoint comes in."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from hosts import torchscale_retnet as published
-from leet_hf.retnet import RetNetForCausalLM
-from leet_hf.retnet.convert import convert
+import retnet_checkpoints as checkpoints
+from leet_hf.retnet import RetNetConfig, RetNetForCausalLM
+from leet_hf.retnet.checkpoint import Checkpoint
+from leet_hf.retnet.convert import convert, plan_conversion
+from retnet_checkpoints import assert_equal_weights, assert_same_function, write_port, write_torchscale
 
-TOLERANCE = 1e-4
-PORTS_OWN = ("use_lm_decay", "use_glu", "use_ffn_rms_norm")
 TORCHSCALE: dict[str, dict[str, Any]] = {
     "as it comes": {},
     "swish": {"activation_fn": "swish"},
@@ -43,84 +43,6 @@ PORT: dict[str, dict[str, Any]] = {
 }
 
 
-def tokens(batch: int = 2, length: int = 20, vocabulary: int = 64) -> Tensor:
-    return torch.randint(1, vocabulary, (batch, length), generator=torch.Generator().manual_seed(3))
-
-
-def torchscale(seed: int = 0, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A decoder, and the options torchscale's RetNetConfig would get for it."""
-    o = published.Options(**options)
-    given = {name: value for name, value in vars(o).items() if name not in PORTS_OWN}
-    return published.randomized(published.RetNetDecoder(o), seed), given
-
-
-def port(seed: int = 0, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The port's model, and its `config.json`."""
-    o = published.Options(**options)
-    given = vars(o) | {"tie_word_embeddings": o.share_decoder_input_output_embed, "model_type": "retnet"}
-    given |= {"architectures": ["RetNetForCausalLM"], "torch_dtype": "float32", "transformers_version": "4.35.0"}
-    del given["share_decoder_input_output_embed"]
-    return published.randomized(published.PortForCausalLM(o), seed), given
-
-
-def write_torchscale(folder: Path, seed: int = 0, **options: Any) -> tuple[Path, Path, Any]:
-    """A checkpoint as torchscale's users have it, a file of its options, and the model."""
-    source, given = torchscale(seed, **options)
-    folder.mkdir(exist_ok=True)
-    torch.save(source.state_dict(), folder / "retnet.pt")
-    (folder / "options.json").write_text(json.dumps(given))
-    return folder / "retnet.pt", folder / "options.json", source
-
-
-def write_port(folder: Path, shards: int = 1, seed: int = 0, **options: Any) -> Any:
-    """A directory as the port's `save_pretrained` makes it, its weights in several shards if asked for."""
-    source, given = port(seed, **options)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(given))
-    state = {key: value.clone() for key, value in source.state_dict().items()}
-    if shards == 1:
-        save_file(state, folder / "model.safetensors")
-        return source
-    homes = {key: f"model-{i % shards}.safetensors" for i, key in enumerate(sorted(state))}
-    for file in set(homes.values()):
-        save_file({key: value for key, value in state.items() if homes[key] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": homes}))
-    return source
-
-
-def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
-
-def assert_same_function(ours: Any, theirs: Any, names: dict[str, str]) -> None:
-    """Logits, loss, gradients of every weight, and generated tokens."""
-    batch = tokens()
-    logits = theirs(batch)
-    assert logits.std() > 0.1
-    out = ours(input_ids=batch, labels=batch)
-    torch.testing.assert_close(out.logits, logits, rtol=0, atol=TOLERANCE)
-    loss = loss_of(logits, batch)
-    torch.testing.assert_close(out.loss, loss, rtol=0, atol=TOLERANCE)
-    out.loss.backward()
-    loss.backward()
-    gradients = {key: p.grad for key, p in theirs.named_parameters(remove_duplicate=False)}
-    for name, p in ours.named_parameters():
-        assert gradients[names[name]].abs().max() > 0, name
-        torch.testing.assert_close(
-            p.grad, gradients[names[name]], rtol=0, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    prompt = batch[:, :9]
-    generated = ours.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
-    assert torch.equal(generated, published.greedy(theirs, prompt, 12))
-
-
-def assert_equal_weights(ours: Any, theirs: Any, names: dict[str, str]) -> None:
-    state, source = ours.state_dict(), theirs.state_dict()
-    assert {name for name, _ in ours.named_parameters()} == names.keys()
-    for name, key in names.items():
-        assert torch.equal(state[name], source[key]), name
-
-
 @pytest.mark.parametrize("options", TORCHSCALE.values(), ids=TORCHSCALE.keys())
 def test_torchscale(options: dict[str, Any], tmp_path: Path) -> None:
     file, given, source = write_torchscale(tmp_path, **options)
@@ -138,3 +60,103 @@ def test_port(options: dict[str, Any], tmp_path: Path) -> None:
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
     assert_equal_weights(ours, source, done.plan.names)
     assert_same_function(ours, source, done.plan.names)
+
+
+FAMILIAR = {"activation_fn": "swish", "decoder_layers": 2}
+
+
+@pytest.mark.parametrize("prefix", ["", "decoder.", "module.decoder."])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_files_and_prefixes_that_training_tools_add(suffix: str, prefix: str, tmp_path: Path) -> None:
+    source, given = checkpoints.torchscale(**FAMILIAR)
+    state = {prefix + key: value.clone() for key, value in source.state_dict().items()}
+    file = tmp_path / f"weights.{suffix}"
+    save_file(state, file) if suffix == "safetensors" else torch.save(state, file)
+    done = convert(file, tmp_path / "new", config=given)
+    own = {name: key.removeprefix(prefix) for name, key in done.plan.names.items()}
+    assert_equal_weights(RetNetForCausalLM.from_pretrained(tmp_path / "new"), source, own)
+
+
+@pytest.mark.parametrize("place", ["args", "cfg"])
+def test_a_fairseq_checkpoint_brings_its_options(place: str, tmp_path: Path) -> None:
+    source, given = checkpoints.torchscale(**FAMILIAR)
+    options = argparse.Namespace(**given, arch="retnet_base", lr=[1e-3], moe_freq=None)
+    held = {"args": {"args": options}, "cfg": {"cfg": {"model": options}}}[place]
+    state = {f"decoder.{key}": value for key, value in source.state_dict().items()}
+    torch.save({"model": state, **held, "optimizer_history": []}, tmp_path / "checkpoint_best.pt")
+    ours = RetNetForCausalLM.from_torchscale(tmp_path / "checkpoint_best.pt")
+    batch = checkpoints.tokens()
+    torch.testing.assert_close(ours(batch).logits, source(batch), rtol=0, atol=checkpoints.TOLERANCE)
+
+
+def test_from_torchscale_reads_a_state_dict_and_shares_no_memory() -> None:
+    source, given = checkpoints.torchscale(**FAMILIAR)
+    state = source.state_dict()
+    for config in (given, argparse.Namespace(**given), checkpoints.published.Options(**FAMILIAR)):
+        if isinstance(config, checkpoints.published.Options):  # an object, as torchscale's own RetNetConfig is
+            config = type("RetNetConfig", (), {})()
+            config.__dict__.update(given)
+        ours = RetNetForCausalLM.from_torchscale(state, config=config)
+        assert type(ours) is RetNetForCausalLM and not ours.training
+        assert torch.equal(ours.lm_head.weight, state["output_projection.weight"])
+        with torch.no_grad():
+            ours.lm_head.weight.zero_()
+        assert state["output_projection.weight"].any()
+    assert RetNetForCausalLM.from_torchscale(state, config=given, dtype=torch.bfloat16).dtype == torch.bfloat16
+    ready = plan_conversion(state, config=given).config
+    assert isinstance(ready, RetNetConfig)
+    assert RetNetForCausalLM.from_torchscale(state, config=ready).config.to_dict() == ours.config.to_dict()
+
+
+def test_from_torchscale_reads_the_directory_of_the_port(tmp_path: Path) -> None:
+    source = write_port(tmp_path / "port", shards=2, use_glu=False)
+    ours = RetNetForCausalLM.from_torchscale(tmp_path / "port")
+    assert_same_function(ours, source, plan_conversion(tmp_path / "port").names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_no_number_is_rounded(dtype: torch.dtype, tmp_path: Path) -> None:
+    source, given = checkpoints.torchscale(**FAMILIAR)
+    source = source.to(dtype)
+    mixed = dict(source.state_dict())
+    mixed["layer_norm.weight"] = mixed["layer_norm.weight"].float()
+    wide = torch.promote_types(dtype, torch.float32)
+    for state, expected in ((source.state_dict(), dtype), (mixed, wide)):
+        torch.save(state, tmp_path / "weights.pt")
+        done = convert(tmp_path / "weights.pt", tmp_path / "new", config=given, force=True)
+        held = load_file(tmp_path / "new" / "model.safetensors")
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+        assert ours.dtype == expected and AutoConfig.from_pretrained(tmp_path / "new").dtype == expected
+        for name, key in done.plan.names.items():
+            assert torch.equal(held[name], state[key]) and held[name].dtype == state[key].dtype
+            assert torch.equal(ours.state_dict()[name], state[key].to(expected)), name
+
+
+def test_shards_pass_through_memory_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_port(tmp_path / "port", shards=3)
+    limit, at_once, read = 12_000, list[int](), Checkpoint.read
+
+    def noted(self: Checkpoint, keys: Any) -> dict[str, torch.Tensor]:
+        tensors = read(self, keys)
+        at_once.append(sum(tensor.nbytes for tensor in tensors.values()))
+        return tensors
+
+    monkeypatch.setattr(Checkpoint, "read", noted)
+    done = convert(tmp_path / "port", tmp_path / "new", max_shard_size=limit)
+    assert done.shards > 5 and max(at_once) <= limit and sum(at_once) >= done.plan.nbytes
+    assert max(file.stat().st_size for file in (tmp_path / "new").glob("*.safetensors")) <= limit + 2000  # names
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert_equal_weights(ours, source, done.plan.names)
+    index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == done.plan.nbytes and index["weight_map"].keys() == done.plan.names.keys()
+
+
+def test_the_tokenizer_comes_along_and_nothing_else(tmp_path: Path) -> None:
+    write_port(tmp_path / "port")
+    for name in ("tokenizer.json", "generation_config.json", "modeling_retnet.py", "optimizer.pt"):
+        (tmp_path / "port" / name).write_text("{}")
+    done = convert(tmp_path / "port", tmp_path / "new")
+    assert sorted(done.copied) == ["generation_config.json", "tokenizer.json"]
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip

@@ -12,7 +12,7 @@ VOCAB = 128
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_heads": 4,
     "intermediate_size": 64,
     "initializer_range": 0.125,  # 1 / sqrt(hidden size): neither dull nor chaotic
@@ -33,14 +33,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "torchscale": TORCHSCALE,
     "port": TORCHSCALE | {
         "decay": "retnet_language_model", "mlp_type": "ffn", "mlp_bias": True, "subln": True,
-        "tie_word_embeddings": True,
     },
     "deepnorm": TORCHSCALE | {"deepnorm": True, "retention_scale": "decay", "initializer_range": 0.25},
     "grouped": {
         "num_kv_heads": 2, "expand_k": 0.5, "expand_v": 1.5, "norm_type": "layernorm", "head_norm_type": "layernorm",
         "attention_bias": True, "feature_map": "relu", "fuse_norm": False,
     },
-    "hybrid": {"attn": {"layers": [0, 2], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True}},
+    "hybrid": {"attn": {"layers": [0], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True}},
 }  # fmt: skip
 
 
@@ -49,8 +48,11 @@ def config(kind: str = "fla", **changes: Any) -> RetNetConfig:
     return RetNetConfig(**SIZES | KINDS[kind] | changes)
 
 
-def model(kind: str = "fla", *, seed: int = 0, cls: type = RetNetForCausalLM, **changes: Any) -> Any:
-    """A tiny random model in eval mode, float32; norms and biases random too. The same for the same arguments."""
+def model(kind: str = "fla", *, seed: int = 1, cls: type = RetNetForCausalLM, **changes: Any) -> Any:
+    """A tiny random model in eval mode, float32; norms and biases random too. The same for the same arguments.
+
+    With seed 1, for the prompts of `tiny`, greedy outputs vary and logits are well apart in every kind.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = cls(config(kind, **changes)).eval()

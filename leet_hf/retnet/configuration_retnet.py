@@ -140,6 +140,8 @@ class RetNetConfig(PreTrainedConfig):
             self.attn_mode = OWN_MODE
         elif self.attn_mode == OWN_MODE:
             self.attn_mode = RetNetConfig.attn_mode
+        if self.subln:
+            self.base_model_tp_plan = {}  # its norm needs all of the MLP's inner dim
         register_models()  # whoever has a config can have its model from the Auto classes
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,0 +1,323 @@
+"""leet_hf's RetNet as a Transformers model: outputs, losses, training, saving, copying, patching."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DataCollatorWithFlattening
+
+import tiny
+import tiny_retnet
+from leet_hf import patch_model, patch_report, unpatch_model
+from leet_hf.modes.helpers import Side, padded
+from leet_hf.modes.placing import with_lora
+from leet_hf.modes.truth import relative_error
+from leet_hf.retnet import RetNetForCausalLM, RetNetForSequenceClassification, RetNetModel
+from leet_hf.versions import CACHE, cache_of
+from patching import snapshot
+
+KINDS = list(tiny_retnet.KINDS)
+TRAINED = ["fla", "port", "deepnorm", "grouped", "hybrid"]
+ROWS = tiny.prompts((19, 30, 9))
+IDS = torch.tensor([ROWS[0], ROWS[1][:19]])
+TOLERANCE = 1e-4
+
+
+@functools.cache
+def model_of(kind: str) -> Any:
+    return tiny_retnet.model(kind)
+
+
+def logits_of(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+# Saving and copying.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded_it_is_the_same(kind: str, tmp_path: Path) -> None:
+    model = model_of(kind)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    loaded, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values()) and type(loaded) is RetNetForCausalLM
+    assert loaded.config.to_dict() | {"dtype": None} == model.config.to_dict() | {
+        "dtype": None,
+        "_name_or_path": "",
+    } | {"architectures": ["RetNetForCausalLM"]} | {"_name_or_path": loaded.config.to_dict().get("_name_or_path", "")}
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)
+    assert (again / "config.json").read_text() == (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["fla", "port", "hybrid"])
+def test_copied_and_pickled_it_is_the_same(kind: str) -> None:
+    model = copy.deepcopy(model_of(kind))
+    want = model.generate(IDS, max_new_tokens=20, do_sample=False)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits_of(twin), logits_of(model))
+        assert torch.equal(twin.generate(IDS, max_new_tokens=20, do_sample=False), want)
+        with torch.no_grad():
+            twin.lm_head.weight.zero_()
+    assert torch.equal(logits_of(model), logits_of(model_of(kind)))
+
+
+def test_tied_embeddings_stay_one(tmp_path: Path) -> None:
+    model = tiny_retnet.model("fla", tie_word_embeddings=True)
+    model.resize_token_embeddings(140)
+    model.save_pretrained(tmp_path)
+    loaded = RetNetForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embeddings.weight and loaded.lm_head.weight.shape == (140, 64)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def test_float64_and_half_precision() -> None:
+    """Decays and states are as exact as the model: what float64 gives, float32 and bfloat16 approach."""
+    exact = logits_of(copy.deepcopy(model_of("fla")).double())
+    assert exact.dtype == torch.float64
+    assert relative_error(logits_of(model_of("fla")), exact) <= 1e-5
+    half = copy.deepcopy(model_of("fla")).bfloat16()
+    with torch.no_grad():
+        rounded = copy.deepcopy(half).double()
+    assert relative_error(logits_of(half), logits_of(rounded)) <= 0.03
+
+
+# Outputs.
+
+
+def test_logits_to_keep() -> None:
+    model, want = model_of("fla"), logits_of(model_of("fla"))
+    for keep, kept in ((0, slice(None)), (1, slice(-1, None)), (5, slice(-5, None)), (torch.tensor([2, 7]), [2, 7])):
+        got = model(IDS, logits_to_keep=keep).logits
+        torch.testing.assert_close(got, want[:, kept], rtol=1e-5, atol=1e-5)
+
+
+def test_loss_is_that_of_the_next_token_and_takes_what_trainers_give() -> None:
+    model, labels = model_of("fla"), IDS.clone()
+    labels[0, :7] = -100
+    want = cross_entropy(logits_of(model)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    count = int((labels[:, 1:] != -100).sum())
+    torch.testing.assert_close(model(IDS, labels=labels).loss, want / count)
+    torch.testing.assert_close(model(IDS, labels=labels, num_items_in_batch=50).loss, want / 50)
+
+
+@pytest.mark.parametrize("kind", ["fla", "port", "hybrid"])
+def test_recorded_outputs(kind: str) -> None:
+    model = copy.deepcopy(model_of(kind))
+    model.set_attn_implementation("eager")
+    out = model(IDS, output_hidden_states=True, output_attentions=True)
+    assert len(out.hidden_states) == 3 and len(out.attentions) == 2
+    seen = []
+    hook = model.model.layers[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    as_tuple = model(IDS, use_cache=False, return_dict=False)
+    hook.remove()
+    assert torch.equal(seen[0], out.hidden_states[1])
+    assert type(as_tuple) is tuple and torch.equal(as_tuple[0], out.logits)
+    last = model.model(IDS).last_hidden_state
+    assert torch.equal(last, out.hidden_states[-1]) and torch.equal(model.lm_head(last), out.logits)
+    for i, layer in enumerate(cache_of(out).layers):
+        if model.config.layer_types[i] == "linear_attention":
+            assert torch.equal(out.attentions[i], layer.recurrent_states[0])
+        else:
+            torch.testing.assert_close(out.attentions[i].sum(-1), torch.ones(2, 4, 19))
+    assert model(IDS).hidden_states is None and model(IDS).attentions is None
+
+
+def test_positions_may_be_left_out_wherever_pads_are() -> None:
+    model = model_of("port")
+    sides: tuple[Side, ...] = ("left", "right", "middle")
+    for side in sides:
+        ids, mask = padded(ROWS, side, torch.device("cpu"))
+        with torch.no_grad():
+            logits = model(ids, attention_mask=mask).logits
+        for i, row in enumerate(ROWS):
+            alone = model(torch.tensor([row]), use_cache=False).logits[0]
+            torch.testing.assert_close(logits[i, mask[i].bool()], alone, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["fla", "hybrid"])
+def test_sequence_classification(kind: str, tmp_path: Path) -> None:
+    """The last token that is no pad decides, wherever the pads are."""
+    model = tiny_retnet.model(kind, cls=RetNetForSequenceClassification, num_labels=3, pad_token_id=0)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert type(loaded) is RetNetForSequenceClassification
+    alone = torch.cat([loaded(torch.tensor([row])).logits for row in ROWS])
+    assert alone.shape == (3, 3)
+    for side in ("left", "right"):
+        ids, mask = padded(ROWS, side, torch.device("cpu"))  # type: ignore[arg-type]
+        out = loaded(ids, attention_mask=mask, labels=torch.tensor([0, 2, 1]))
+        torch.testing.assert_close(out.logits, alone, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(out.loss, cross_entropy(alone, torch.tensor([0, 2, 1])), rtol=0, atol=TOLERANCE)
+    out.loss.backward()
+    assert all(p.grad is not None for p in loaded.parameters())
+
+
+def test_wrong_inputs_change_nothing() -> None:
+    model = model_of("fla")
+    cache = cache_of(model(IDS, use_cache=True))
+    before = [layer.recurrent_states[0] for layer in cache.layers]
+    with pytest.raises(ValueError, match="holds 2 rows but the input has 1"):
+        model(IDS[:1], **{CACHE: cache})
+    with pytest.raises(ValueError, match="exactly one of them"):
+        model(IDS, inputs_embeds=torch.zeros(2, 3, 64))
+    with pytest.raises(ValueError, match="exactly one of them"):
+        model()
+    with pytest.raises(ValueError, match="of another model"):
+        model_of("grouped")(IDS[:, :1], **{CACHE: cache})
+    assert all(torch.equal(layer.recurrent_states[0], state) for layer, state in zip(cache.layers, before, strict=True))
+
+
+# Training. The truth is each row alone, without padding.
+
+
+def gradients(model: Any, loss: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    value = loss(model)
+    value.backward()
+    return {"loss": value.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    for name, value in want.items():
+        assert relative_error(got[name], value) <= TOLERANCE, name
+
+
+def summed_loss(logits: Tensor) -> Tensor:
+    """logits: of every row, one after the other."""
+    pieces = zip(logits.split([*map(len, ROWS)]), ROWS, strict=True)
+    return sum(
+        (cross_entropy(own[:-1], torch.tensor(row[1:]), reduction="sum") for own, row in pieces), torch.zeros(())
+    )
+
+
+def separate(model: Any) -> Tensor:
+    return summed_loss(torch.cat([model(torch.tensor([row]), use_cache=False).logits[0] for row in ROWS]))
+
+
+def in_batch(model: Any, side: Side = "middle") -> Tensor:
+    ids, mask = padded(ROWS, side, torch.device("cpu"))
+    return summed_loss(model(ids, attention_mask=mask).logits[mask.bool()])
+
+
+def packed(model: Any) -> Tensor:
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True, return_tensors="pt")
+    batch = collate([{"input_ids": row} for row in ROWS])
+    del batch["labels"]
+    return summed_loss(model(**batch, use_cache=False).logits[0])
+
+
+@functools.cache
+def true_gradients(kind: str) -> dict[str, Tensor]:
+    return gradients(copy.deepcopy(model_of(kind)).train(), separate)
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_gradients_of_padded_and_packed_rows(kind: str) -> None:
+    model = copy.deepcopy(model_of(kind)).train()
+    for loss in (in_batch, lambda model: in_batch(model, "left"), packed):
+        assert_same(gradients(model, loss), true_gradients(kind))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["port", "hybrid"])
+def test_gradient_checkpointing(kind: str, reentrant: bool) -> None:
+    model = copy.deepcopy(model_of(kind)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    runs: list[int] = []
+    model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda *_: runs.append(1))
+    for loss in (in_batch, packed):
+        runs.clear()
+        assert_same(gradients(model, loss), true_gradients(kind))
+        assert len(runs) == 2, "a layer runs again for its gradients"
+
+
+def test_lora_on_every_projection_is_trained() -> None:
+    pytest.importorskip("peft")
+    model = with_lora(copy.deepcopy(model_of("port"))).train()
+    in_batch(model).backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[-4] for name in trained} == {  # the rest is `.lora_A.default.weight`
+        "q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "up_proj", "down_proj", "layer" "s"
+    } - {"layers"}  # fmt: skip
+    for name, p in model.named_parameters():
+        assert (p.grad is not None and bool(p.grad.any())) == (name in trained), name
+
+
+def test_dropout_and_drop_path_act_in_training_alone() -> None:
+    rates = {"dropout": 0.1, "activation_dropout": 0.1, "drop_path_rate": 0.5}
+    for name, rate in rates.items():
+        model = tiny_retnet.model("torchscale", **{name: rate})
+        assert torch.equal(logits_of(model), logits_of(model_of("torchscale"))), name
+        model.train()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            mean = torch.stack([logits_of(model) for _ in range(4)])
+        assert mean.std(0).max() > 0, name
+
+
+def test_initial_weights() -> None:
+    """As transformers; values and MLP scaled as torchscale does with DeepNorm and Sub-LN."""
+    for kind, factor in (("fla", 1.0), ("deepnorm", (8.0 * 2) ** -0.25), ("port", 1.386294**0.5)):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = RetNetModel(tiny_retnet.config(kind, initializer_range=0.02, hidden_size=256))
+        block = model.layers[1]
+        for module in (block.attn.v_proj, block.attn.o_proj, block.mlp.up_proj, block.mlp.down_proj):
+            assert module.weight.std().item() == pytest.approx(0.02 * factor, rel=0.05), kind
+        for module in (block.attn.q_proj, block.attn.k_proj, block.attn.g_proj):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.05), kind
+        assert all(torch.equal(p, torch.zeros_like(p)) for n, p in model.named_parameters() if n.endswith("bias"))
+
+
+def test_training_lowers_the_loss() -> None:
+    model = copy.deepcopy(model_of("fla")).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(8):
+        losses.append(float(gradients(model, in_batch)["loss"]))
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+
+
+# What transformers and patch_model find.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_name_what_there_is(kind: str) -> None:
+    model = model_of(kind)
+    names = [name for name, _ in model.model.named_modules()]
+    for pattern in model.config.base_model_tp_plan:
+        found = [name for name in names if re.fullmatch(pattern.replace("*", r"\d+"), name)]
+        assert len(found) == 2 or (pattern.endswith("gate_proj") and model.config.mlp_type == "ffn"), pattern
+    assert set(model.config.base_model_pp_plan) <= set(names) | {"norm"}
+    assert bool(model.config.base_model_tp_plan) != model.config.subln, "its norm is of the whole MLP"
+    assert RetNetForCausalLM._can_compile_fullgraph and model.supports_gradient_checkpointing
+    assert model._no_split_modules == {"RetNetBlock"} or model._no_split_modules == ["RetNetBlock"]
+
+
+def test_patching_only_sets_the_method() -> None:
+    model = copy.deepcopy(model_of("hybrid"))
+    before, want = snapshot(model), logits_of(model)
+    assert patch_model(model) is model and unpatch_model(model) is model
+    assert snapshot(model) == before
+    report = patch_report(patch_model(model, method="torch"))
+    assert [layer.status for layer in report.layers] == ["left alone", "patched"]
+    assert report.layers[1].method == "torch" and report.layers[1].decay == "formula log(1 - 2^(-5-h))"
+    assert "model (RetNetModel): native: right as it is, nothing to patch" in report.host
+    torch.testing.assert_close(logits_of(model), want, rtol=0, atol=1e-5)
+    patch_model(model, method="auto")
+    assert snapshot(model) == before
