@@ -13,6 +13,7 @@ from .attention import RetNetAttention
 from .configuration_retnet import RetNetConfig
 from .norms import NORMS
 from .positions import Positions
+from .projections import ScaledLinear
 from .retention import RetNetRetention
 
 
@@ -23,9 +24,10 @@ class RetNetMLP(nn.Module):
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.mlp_size, config.mlp_bias
         self.dropout = config.activation_dropout
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias) if config.mlp_type == "glu" else None
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        glu = config.mlp_type == "glu"
+        self.gate_proj = ScaledLinear(hidden, inner, bias=bias) if glu else None
+        self.up_proj = (nn.Linear if glu else ScaledLinear)(hidden, inner, bias=bias)
+        self.down_proj = ScaledLinear(inner, hidden, bias=bias)
         self.norm = NORMS[config.subln_type](inner, config.norm_eps) if config.subln else None
         self.act_fn = ACT2FN[config.hidden_act]
 

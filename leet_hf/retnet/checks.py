@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from leet_linear_attention import available_methods
+
 if TYPE_CHECKING:
     from .configuration_retnet import RetNetConfig
 
@@ -25,6 +27,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 POSITIVE_INTEGERS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "kv_heads", "mlp_size")
 POSITIVE_NUMBERS = ("expand_k", "expand_v", "rope_theta", "norm_eps")
+BOOLEANS = (
+    "use_output_gate", "fuse_norm", "tie_word_embeddings", "use_cache", "mlp_bias", "attention_bias", "subln",
+    "deepnorm", "scale_embeddings", "norm_embeddings",
+)  # fmt: skip
+BOOLEANS_OR_NONE = ("elementwise_affine", "normalize_before")
 RATES = ("dropout", "activation_dropout", "drop_path_rate")
 WIDEST_HEAD = 512  # of the operator
 
@@ -110,13 +117,18 @@ def check_config(config: RetNetConfig) -> dict[str, Any] | list[dict[str, Any]] 
     for name, choices in CHOICES.items():
         _require(config, name, getattr(config, name) in choices, f"must be one of {', '.join(map(repr, choices))}")
     for name in POSITIVE_INTEGERS:
-        if getattr(config, name) is not None:
-            _require(config, name, _is_count(getattr(config, name)), "must be a positive integer")
+        _require(config, name, _is_count(getattr(config, name)), "must be a positive integer")
     for name in POSITIVE_NUMBERS:
         _require(config, name, _is_number(getattr(config, name)) and getattr(config, name) > 0, "must be above 0")
     for name in RATES:
         value = getattr(config, name)
         _require(config, name, _is_number(value) and 0 <= value < 1, "must be at least 0 and below 1")
+    for name in BOOLEANS:
+        _require(config, name, isinstance(getattr(config, name), bool), "must be True or False")
+    for name in BOOLEANS_OR_NONE:
+        _require(config, name, getattr(config, name) in (True, False, None), "must be True, False or None")
+    methods = ("auto", *available_methods())
+    _require(config, "method", config.method in methods, f"must be one of {', '.join(map(repr, methods))}")
     for name in ("hidden_act", "gate_activation"):
         _check_activation(name.replace("gate_activation", "gate_act"), getattr(config, name))
     if config.feature_map is not None:

@@ -134,14 +134,14 @@ class RetNetConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         reject_unknown(kwargs)
-        super().__post_init__(**kwargs)
         self.attn = check_config(self)
+        super().__post_init__(**kwargs)
         if not self.norm_first or any(getattr(self, name) != getattr(RetNetConfig, name) for name in BEYOND_FLA):
             self.attn_mode = OWN_MODE
         elif self.attn_mode == OWN_MODE:
             self.attn_mode = RetNetConfig.attn_mode
         if self.subln:
-            self.base_model_tp_plan = {}  # its norm needs all of the MLP's inner dim
+            self.base_model_tp_plan = {}  # type: ignore[misc]  # its norm needs all of the MLP's inner dim
         register_models()  # whoever has a config can have its model from the Auto classes
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -191,6 +191,13 @@ class RetNetConfig(PreTrainedConfig):
     def residual_scale(self) -> float:
         """What a residual is multiplied with: DeepNorm's alpha, `(2 L)^(1/4)`, or 1."""
         return (2.0 * self.num_hidden_layers) ** 0.25 if self.deepnorm else 1.0
+
+    @property
+    def init_scale(self) -> float:
+        """Factor of some initial weights: `(8 L)^(-1/4)` with DeepNorm, `sqrt(log 2 L)` with Sub-LN, else 1."""
+        if self.deepnorm:
+            return (8.0 * self.num_hidden_layers) ** -0.25
+        return math.sqrt(math.log(2 * self.num_hidden_layers)) if self.subln else 1.0
 
     @property
     def softmax_specs(self) -> list[dict[str, Any]]:

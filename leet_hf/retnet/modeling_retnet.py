@@ -21,10 +21,11 @@ from ..packing import sequence_positions
 from ..versions import CACHE, cache_argument, cache_of, capture_outputs, merge_with_config_defaults
 from .adapter import RetNetAdapter
 from .attention import RetNetAttention
-from .blocks import RetNetBlock, RetNetMLP
+from .blocks import RetNetBlock
 from .configuration_retnet import RetNetConfig
 from .norms import NORMS
 from .positions import Positions, rotary_angles, rotary_tables
+from .projections import ScaledLinear
 from .retention import RetNetRetention
 
 __all__ = ["RetNetForCausalLM", "RetNetForSequenceClassification", "RetNetModel", "RetNetPreTrainedModel"]
@@ -51,18 +52,10 @@ class RetNetPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As transformers: normal, zero biases. With DeepNorm and Sub-LN, torchscale's factors on values and MLP."""
+        """As transformers: normal, zero biases; projections that DeepNorm and Sub-LN scale by their factor."""
         super()._init_weights(module)
-        config, layers = self.config, self.config.num_hidden_layers
-        if config.deepnorm:
-            factor = (8.0 * layers) ** -0.25
-        elif config.subln:
-            factor = math.sqrt(math.log(2 * layers))
-        else:
-            return
-        names = {RetNetRetention: ("v_proj", "o_proj"), RetNetMLP: ("up_proj", "down_proj")}.get(type(module), ())
-        for name in names:
-            init.normal_(getattr(module, name).weight, mean=0.0, std=config.initializer_range * factor)
+        if isinstance(module, ScaledLinear):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range * self.config.init_scale)
 
 
 class RetNetModel(RetNetPreTrainedModel):

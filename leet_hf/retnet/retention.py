@@ -15,6 +15,7 @@ from .adapter import RetNetAdapter
 from .configuration_retnet import RetNetConfig
 from .norms import NORMS
 from .positions import Positions, decay_sums, rotate
+from .projections import ScaledLinear
 
 # The norm of the heads has another name where flash-linear-attention fuses it with the gate.
 FUSED_GATES = ("swish", "silu")
@@ -33,8 +34,8 @@ class RetNetRetention(nn.Module):
         hidden, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(hidden, config.num_heads * config.key_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, config.kv_heads * config.key_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, config.kv_heads * config.value_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_heads * config.value_dim, hidden, bias=bias)
+        self.v_proj = ScaledLinear(hidden, config.kv_heads * config.value_dim, bias=bias)
+        self.o_proj = ScaledLinear(config.num_heads * config.value_dim, hidden, bias=bias)
         norm = NORMS[config.head_norm_type](config.value_dim, config.norm_eps, bool(config.elementwise_affine))
         if config.use_output_gate:
             self.g_proj = nn.Linear(hidden, config.num_heads * config.value_dim, bias=bias)
