@@ -17,6 +17,17 @@ if not CUDA:
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 
+@pytest.fixture
+def auto_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers' Auto classes, put back afterwards: whoever imports a package of models registers them for all."""
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    mappings = [configuration_auto.CONFIG_MAPPING, modeling_auto.MODEL_MAPPING]
+    mappings += [modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING]
+    for mapping in mappings:
+        monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if CUDA:
         return

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +74,22 @@ def loads(folder: Path) -> str:
 
 
 def registered(folder: Path, order: list[str]) -> dict[str, str]:
-    """With both packages there: what the Auto classes give, by names of packages."""
-    for name in order:
-        importlib.import_module(name)
+    """What the Auto classes give once the first package is imported, and once both are: names of modules."""
+    importlib.import_module(order[0])
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    first = {"first": type(AutoConfig.for_model("retnet")).__module__}
+    if find_spec("fla") is None:
+        return first
+    importlib.import_module(order[1])
     from fla.models.retnet import RetNetConfig as Theirs
-    from transformers import AutoModelForCausalLM
 
     from leet_hf.retnet import RetNetConfig, RetNetForCausalLM
 
     sizes = {name: value for name, value in SIZES.items() if name != "fuse_cross_entropy"}
     RetNetForCausalLM(RetNetConfig(**sizes)).save_pretrained(folder / "ours")
     RetNetForCausalLM(RetNetConfig(**sizes, position_embedding="theta_shift")).save_pretrained(folder / "beyond")
-    return {
+    return first | {
         "their config": type(AutoModelForCausalLM.from_config(Theirs(**SIZES))).__module__,
         "our config": type(AutoModelForCausalLM.from_config(RetNetConfig(**sizes))).__module__,
         "our checkpoint": loads(folder / "ours"),

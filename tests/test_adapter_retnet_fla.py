@@ -196,7 +196,7 @@ def test_what_is_not_as_expected_is_refused(case: str) -> None:
 
 
 @pytest.mark.gpu
-def test_the_classes_of_the_package() -> None:
+def test_the_classes_of_the_package(auto_classes: None) -> None:
     """Logits, gradients and greedy decoding of flash-linear-attention's own model, where it is installed."""
     theirs = pytest.importorskip("fla.models")
     model = stock(theirs.RetNetForCausalLM, theirs.RetNetConfig, fuse_cross_entropy=False).cuda()

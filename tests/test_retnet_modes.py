@@ -21,11 +21,11 @@ from leet_hf.retnet.adapter import RetNetAdapter
 TELLING = {
     "port": (
         "beam", "left-padding", "middle-padding", "packed-lengths", "packed-positions", "chunked-prefill",
-        "chat-padded-batch", "assisted-recurrent-draft", "early-exit", "recorded-outputs", "lora",
+        "chat-padded-batch-in-chunks", "assisted-recurrent-draft", "early-exit", "recorded-outputs", "lora",
     ),
     "hybrid": (
         "beam", "left-padding", "middle-padding", "packed-lengths", "packed-positions", "chunked-prefill",
-        "chat-padded-batch", "static-cache-given", "assisted-recurrent-draft", "compiled-forward",
+        "chat-padded-batch-in-chunks", "static-cache-given", "assisted-recurrent-draft", "compiled-forward",
         "recorded-outputs",
     ),
     "deepnorm": ("middle-padding", "packed-lengths", "multi-token", "static-cache-given"),
@@ -53,7 +53,7 @@ def truth_of_fla() -> Truth:
     return Truth(theirs, tiny.prompts())
 
 
-@pytest.mark.parametrize("name", [name for name in host_checks.MODES if name != "long-batch"])
+@pytest.mark.parametrize("name", host_checks.MODES)
 def test_every_mode(name: str) -> None:
     # FLA's model records no attentions, and adapters of a fixed seed fall on its projections in another order.
     own = name in ("recorded-outputs", "lora")
@@ -73,7 +73,7 @@ def test_tiny_models_are_worth_asking(kind: str) -> None:
         tokens = truth.greedy(prompt, host_checks.NEW)
         assert len(set(tokens[len(prompt) :])) >= 10
         best, second = truth.logits(tokens)[len(prompt) - 1 :].topk(2).values.unbind(-1)
-        assert (best - second).min() > 1e-3
+        assert (best - second).min() > 2e-4
 
 
 @pytest.mark.parametrize("kind", ["fla", "torchscale"])
