@@ -15,9 +15,9 @@ _sweep, _scan = Launcher(sweep_kernel), Launcher(scan_kernel)
 
 
 class Segments(NamedTuple):
-    """How a pass is cut in time. starts: the states the segments start from, [N, H, count, X * Y] float32 (None: 1)."""
+    """How a pass is cut in time. starts: where segments start from, [N, H, number, X * Y] float32; None for one."""
 
-    count: int
+    number: int
     length: int
     starts: torch.Tensor | None = None
 
@@ -85,18 +85,18 @@ class Sweep:
         if self.whole or self.programs == 0:
             return one, None
         cut = Segments(*tuning.segments(self.tokens, self.config.chunk, self.programs, self.index))
-        if cut.count == 1:
+        if cut.number == 1:
             return one, None
         # Every segment's own end state and decay, and a scan over them.
         size = self.x * self.y
-        states = self.a.new_empty((self.sequences, self.heads, cut.count, size), dtype=torch.float32)
-        g_sum = self.a.new_empty((self.sequences, self.heads, cut.count), dtype=torch.float64)
+        states = self.a.new_empty((self.sequences, self.heads, cut.number, size), dtype=torch.float32)
+        g_sum = self.a.new_empty((self.sequences, self.heads, cut.number), dtype=torch.float64)
         self._launch(cut, state_out=states, g_sum=g_sum, skip=0 if final else 1)
         last = self._state() if final else None
         block = 1024
         _scan(
             (self.sequences * self.heads, tuning.blocks(size, block)), self.index,
-            (states, g_sum, state, last), (cut.count, size), (self.reverse, state is not None, final, block), 4, 1,
+            (states, g_sum, state, last), (cut.number, size), (self.reverse, state is not None, final, block), 4, 1,
         )  # fmt: skip
         return cut._replace(starts=states), last
 
@@ -118,7 +118,7 @@ class Sweep:
         last = None
         if segments is None:
             segments, last = self.segments(state, final)
-        one = segments.count == 1
+        one = segments.number == 1
         if final and one:
             last = self._state()
         shape = (self.batch, self.tokens, self.heads, self.y)
@@ -156,13 +156,13 @@ class Sweep:
         align, strides = aligned_strides(a, b, c, d)
         heads = self.heads
         _sweep(
-            (self.programs * (segments.count - skip),), self.index,
+            (self.programs * (segments.number - skip),), self.index,
             (
                 a, b, c, None if terms is None else d, g, out, state_in, state_out, g_sum, chunk_states,
                 None if terms is None else terms.out, self.cu_seqlens,
             ),
             (
-                self.tokens, self.batch * self.tokens, segments.length, segments.count, skip, heads,
+                self.tokens, self.batch * self.tokens, segments.length, segments.number, skip, heads,
                 heads // a.shape[2], heads // b.shape[2], heads // c.shape[2], heads // d.shape[2],
                 1 if g is None else heads // g.shape[-1], self.scale, *strides,
                 *(g.stride() if g is not None and self.decay == 2 else (0, 0, 0)), *self.state_strides,

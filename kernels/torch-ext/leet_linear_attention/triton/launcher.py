@@ -72,7 +72,8 @@ class Launcher:
             with torch.cuda.device(device):
                 self(grid, device, tensors, numbers, constants, warps, stages, registers)
         elif compiled is not None:
-            compiled[(*grid, 1, 1)](*addresses, *numbers, *constants)
+            blocks = (*grid, 1, 1)
+            compiled[blocks](*addresses, *numbers, *constants)
         else:
             compiled = self._kernel[grid](*tensors, *numbers, *constants, **options)
             if usual:
