@@ -22,6 +22,7 @@ import finetune
 import finetune_lora
 import recipe
 import sft
+import train_from_scratch
 from scripts import EXAMPLES, ROOT, run, save_small
 
 RESULTS = {finetune: "model", finetune_lora: "merged", sft: "model"}
@@ -154,3 +155,24 @@ def test_what_was_there_survives_a_write_that_fails(kind: str, tmp_path: Path) -
     recipe.write_whole(target, lambda path: write(path, "new"))
     assert (target / "file" if kind == "folder" else target).read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_training_from_nothing_keeps_its_checkpoint_where_the_next_does_not_fit(tmp_path: Path) -> None:
+    """The checkpoint of the first epoch is the same file as before, and the run goes on from it."""
+    settings = train_from_scratch.Settings(**train_from_scratch.SMOKE | {"characters": 10_000, "length": 32})
+    whole, checkpoint, kept = torch.save, tmp_path / "checkpoint.pt", []
+
+    def save(*arguments: Any) -> None:
+        if not checkpoint.exists():
+            return whole(*arguments)
+        kept.append(checkpoint.read_bytes())
+        with room_for(10_000):
+            whole(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        with pytest.raises(OSError, match=r"could not write .*checkpoint\.pt .*: make room or give another --output"):
+            train_from_scratch.run(settings, tmp_path, torch.device("cpu"))
+    assert [checkpoint.read_bytes()] == kept and not list(tmp_path.glob("*.new"))
+    summary = train_from_scratch.run(settings, tmp_path, torch.device("cpu"))
+    assert [entry["step"] // summary["steps_per_epoch"] for entry in summary["history"]] == [1, 2]
