@@ -134,6 +134,8 @@ def test_shipped_model_has_the_held_out_loss_that_its_card_claims() -> None:
 @pytest.mark.parametrize("document", ["README.md", "kernels/README.md", "examples/assets/kjv-minimax/README.md"])
 def test_code_in_documents_runs(document: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(ROOT)
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "0")  # as a reader has it: kernels in the interpreter would take an hour
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.S)
     # The first block of the main page shows the idea, with names of the reader's own.
     for block in [b for b in blocks if "Trainer(" not in b]:
