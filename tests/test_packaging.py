@@ -75,7 +75,7 @@ def test_pytest_collects_in_a_checkout_that_is_not_installed(tmp_path: Path) -> 
     code = (
         "import sys, pytest\n"
         "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
-        "sys.exit(pytest.main(['-q', '-s', '-p', 'no:cacheprovider', 'tests/test_paths.py']))"
+        "sys.exit(pytest.main(['-q', '-s', '-n0', '-p', 'no:cacheprovider', 'tests/test_paths.py']))"
     )
     printed = python(code, cwd=checkout, PYTHONPATH="")
     assert printed.count(str(checkout)) == 2, printed
