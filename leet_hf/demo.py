@@ -143,7 +143,7 @@ class Verdict:
     missing: str | None = None
 
 
-def judge_modes(subject: Subject, new: int = 20) -> Iterator[Verdict]:
+def judge_modes(subject: Subject, new: int = 18) -> Iterator[Verdict]:
     """Run every decoding mode on both models, writing `new` tokens, and compare with cache-free forwards of stock."""
     truth = Truth(subject.stock, [subject.tokenizer(prompt)["input_ids"] for prompt in MODE_PROMPTS])
     for mode in modes(new=new, long=256):
