@@ -140,15 +140,21 @@ def measure(shape: Shape, bandwidth: float, peers: list[str], rep: int) -> dict[
     for name, function in [("ours", run)] + [(p, PEERS[p](x)) for p in peers]:
         if function is None:
             continue
-        with torch.no_grad():
-            row[f"{name} spread"] = timed(function, rep=rep)
-        row[f"{name} both spread"] = timed(both(function), rep=rep)
-        row[f"{name} ms"] = row[f"{name} spread"]["median"]
-        row[f"{name} both ms"] = row[f"{name} both spread"]["median"]
+        for key, direction in ((name, function), (f"{name} both", both(function))):
+            try:
+                with torch.set_grad_enabled(key != name):
+                    row[f"{key} spread"] = timed(direction, rep=rep)
+            except Exception as error:
+                if name == "ours":
+                    raise
+                row[f"{key} refused"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            else:
+                row[f"{key} ms"] = row[f"{key} spread"]["median"]
     row["of floor %"] = 100 * floor["forward"] / row["ours ms"]
     row["both of floor %"] = 100 * floor["both"] / row["ours both ms"]
-    if "fla ms" in row:
-        row["x fla"], row["both x fla"] = row["fla ms"] / row["ours ms"], row["fla both ms"] / row["ours both ms"]
+    for key, ratio in (("", "x fla"), (" both", "both x fla")):
+        if f"fla{key} ms" in row:
+            row[ratio] = row[f"fla{key} ms"] / row[f"ours{key} ms"]
     with torch.no_grad():
         row["host ms"] = timed_host(run)["median"]
     row["extra memory %"] = extra_memory(x, both(run))
@@ -204,16 +210,18 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     print(f"copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     shapes = [s for s in SHAPES if chosen.only in str(s)]
+    if not shapes:
+        raise SystemExit(f"--only {chosen.only!r} names no shape; there are: {', '.join(map(str, SHAPES))}")
     if chosen.quick:
         shapes = shapes[:3]
     peers = [] if chosen.quick or chosen.no_peers else list(PEERS)
     rows = []
     for shape in shapes:
         rows.append(measure(shape, bandwidth, peers, rep=40))
-        print(", ".join(f"{k} {v:.3g}" for k, v in rows[-1].items() if isinstance(v, float)), flush=True)
+        print(shape, ", ".join(f"{k} {v:.3g}" for k, v in rows[-1].items() if isinstance(v, float)), flush=True)
+        path = write("ops", {"copy_bytes_per_second": bandwidth, "rows": rows}, chosen.output)
         torch.cuda.empty_cache()
     print(table(rows, [c for c in COLUMNS if any(c in r for r in rows)]))
-    path = write("ops", {"copy_bytes_per_second": bandwidth, "rows": rows}, chosen.output)
     plot(rows, path.with_suffix(".png"), torch.cuda.get_device_name())
     print(f"wrote {path}")
 
