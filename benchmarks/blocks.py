@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from common import copy_bandwidth, options, require_cuda, table, timed, write
 
-from leet_linear_attention.triton.launch import Sweep, Terms, chunk_slots
+from leet_linear_attention.triton.launch import Operands, Sweep, Terms, chunk_slots
 from leet_linear_attention.triton.tuning import SweepConfig
 
 # (chunk, rows, columns, warps, stages)
@@ -64,15 +64,14 @@ def runner(trial: Pass, config: SweepConfig, tokens: int) -> Any:
     decay = None
     if trial.decay:
         decay = -torch.rand((batch, tokens, heads) if trial.decay == 2 else (heads,), device="cuda") * 0.3
-    sweep = Sweep(
-        normal(trial.x), normal(trial.x), normal(trial.y), decay, heads, None, reverse=trial.reverse, config=config
-    )
+    x = Operands(normal(trial.x), normal(trial.x), normal(trial.y), decay, None)
+    sweep = Sweep(x, heads, reverse=trial.reverse, config=config)
     if not trial.terms:
-        return lambda: sweep.run(None)
+        return lambda: sweep.run(x, None)
     slots = chunk_slots(tokens, batch, batch, config.chunk, False)
     states = torch.randn(slots, heads, trial.x, trial.y, device="cuda", dtype=torch.bfloat16)
     terms = Terms(normal(trial.y), torch.empty(2, sweep.tiles, batch, tokens, heads, device="cuda"))
-    return lambda: sweep.run(None, chunk_states=states, terms=terms)
+    return lambda: sweep.run(x, None, chunk_states=states, terms=terms)
 
 
 def compile_one(trial: Pass, block: tuple[int, ...]) -> None:

@@ -1,6 +1,6 @@
 """Put the results that are there into README's tables: nothing is timed.
 
-    python benchmarks/readme.py
+python benchmarks/readme.py
 """
 
 from __future__ import annotations

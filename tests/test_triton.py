@@ -29,6 +29,7 @@ CASES = [
     Case(tokens=91, decay="head", packed=True, initial=False),
     Case(tokens=300, decay="head", batch=1, heads=(1, 1, 1, 1)),  # long enough for segments in time
     Case(tokens=300, decay="token", batch=1, heads=(1, 1, 1, 1)),
+    Case(tokens=700, decay="fast", batch=1, heads=(1, 1, 1, 1)),  # a segment's beginning is forgotten by its end
 ]
 
 
@@ -56,6 +57,20 @@ def test_gradients_with_a_decay_that_needs_none(decay: str) -> None:
             results.append(torch.autograd.grad((o, final), leaves, (x.do, x.dfinal)))
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("decay", [-0.5, -0.9, -3.0, -30.0])
+def test_what_a_segment_leaves_out_is_nothing(decay: float) -> None:
+    """The largest numbers, just where the pass over a segment begins to read, and before."""
+    x = make_inputs(Case(tokens=900, decay="head", batch=1, heads=(1, 1, 1, 1)), DEVICE)
+    g = torch.full_like(x.log_decay, decay)
+    v = x.v.clone()
+    v[:, :420] *= 1e30
+    want, _ = reference.recurrent(*(t.double() for t in (x.q, x.k, v, g)))
+    o, final = linear_attention(x.q, x.k, v, g, output_final_state=True, method="triton")
+    near = want[:, 700:]
+    assert (o[:, 700:] - near).norm() <= 1e-5 * near.norm()
+    assert final is not None and final.isfinite().all()
 
 
 def test_strided_inputs() -> None:

@@ -13,7 +13,9 @@ import torch
 from ..shapes import sequence_count, state_heads, sum_groups
 from . import tuning
 from .decay_gradient import decay_gradient
-from .launch import Sweep, Terms, chunk_slots
+from .launch import Operands, Plans, Sweep, Terms, chunk_slots, form_of
+
+_plans = Plans()
 
 
 def backward(
@@ -44,12 +46,11 @@ def backward(
     if dfinal is not None:
         dfinal = dfinal.contiguous() / scale
 
-    arguments = (log_decay, heads, cu_seqlens)
-    options: dict[str, Any] = {"scale": scale, "whole": batch_invariant}
-    queries = Sweep(do, v, k, *arguments, transposed=True, **options)
-    values = Sweep(k, q, do, *arguments, reverse=True, **options)
-    config = tuning.with_terms(queries.config) if need_log_decay else None
-    keys = Sweep(v, do, q, *arguments, reverse=True, transposed=True, config=config, **options)
+    passes = tuple(Operands(*abc, log_decay, cu_seqlens) for abc in ((do, v, k), (k, q, do), (v, do, q)))
+    queries, values, keys = _plans.of(
+        (form_of(do, q, k, v, log_decay, cu_seqlens), q.device, heads, scale, need_log_decay, batch_invariant),
+        lambda: _sweeps(passes, heads, scale, need_log_decay, batch_invariant),
+    )
     chunk_states = terms = None
     if need_log_decay:
         # The state before every chunk goes from the pass of dq to that of dk, which has the same chunks.
@@ -60,16 +61,27 @@ def backward(
         chunk_states = q.new_empty((slots, heads, v.shape[-1], q.shape[-1]), dtype=dtype)
         terms = Terms(k, q.new_empty((2, keys.tiles, *q.shape[:2], heads), dtype=torch.float32))
 
-    dq, _ = queries.run(state, chunk_states=chunk_states)
+    dq, _ = queries.run(passes[0], state, chunk_states=chunk_states)
     # Both passes backward in time have the same states, seen from either side.
     wanted = initial_state is not None
-    segments, dinitial = values.segments(dfinal, wanted)
-    dv, last = values.run(dfinal, final=wanted, segments=segments)
+    segments, dinitial = values.segments(passes[1], dfinal, wanted)
+    dv, last = values.run(passes[1], dfinal, final=wanted, segments=segments)
     dinitial = last if dinitial is None else dinitial
-    dk, _ = keys.run(dfinal, segments=segments, chunk_states=chunk_states, terms=terms)
+    dk, _ = keys.run(passes[2], dfinal, segments=segments, chunk_states=chunk_states, terms=terms)
     if dinitial is not None:
         dinitial *= scale
     dlog_decay = None
     if terms is not None and log_decay is not None:
         dlog_decay = decay_gradient(terms.out, log_decay, cu_seqlens, scale, keys.config.chunk)
     return sum_groups(dq, q.shape[2]), sum_groups(dk, k.shape[2]), sum_groups(dv, v.shape[2]), dlog_decay, dinitial
+
+
+def _sweeps(
+    passes: tuple[Operands, ...], heads: int, scale: float, need_log_decay: bool, batch_invariant: bool
+) -> tuple[Sweep, Sweep, Sweep]:
+    """The passes for the gradients of q, v and k."""
+    options: dict[str, Any] = {"scale": scale, "whole": batch_invariant}
+    queries = Sweep(passes[0], heads, transposed=True, **options)
+    values = Sweep(passes[1], heads, reverse=True, **options)
+    config = tuning.with_terms(queries.config) if need_log_decay else None
+    return queries, values, Sweep(passes[2], heads, reverse=True, transposed=True, config=config, **options)

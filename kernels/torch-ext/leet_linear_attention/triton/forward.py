@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..shapes import state_heads
-from .launch import Sweep
+from .launch import Operands, Plans, Sweep, form_of
+
+_plans = Plans()
 
 
 def forward(
@@ -22,5 +24,9 @@ def forward(
     """Decayed linear attention; arguments as ``linear_attention``'s, already checked."""
     heads = state_heads(q, k, v, log_decay, initial_state)
     state = initial_state.contiguous() if initial_state is not None else None
-    sweep = Sweep(q, k, v, log_decay, heads, cu_seqlens, scale=scale, whole=batch_invariant)
-    return sweep.run(state, final=output_final_state)
+    x = Operands(q, k, v, log_decay, cu_seqlens)
+    sweep = _plans.of(
+        (form_of(*x), q.device, heads, scale, batch_invariant),
+        lambda: Sweep(x, heads, scale=scale, whole=batch_invariant),
+    )
+    return sweep.run(x, state, final=output_final_state)

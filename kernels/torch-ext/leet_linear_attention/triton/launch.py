@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from ..shapes import sequence_count
 from . import tuning
-from .launcher import Launcher, aligned_strides, device_index
+from .launcher import Launch, Launcher, aligned_strides, device_index
 from .sweep import scan_kernel, sweep_kernel
 
 _sweep, _scan = Launcher(sweep_kernel), Launcher(scan_kernel)
+
+
+class Operands(NamedTuple):
+    """What a pass reads: a, b [B, T, Ha, X] and [B, T, Hb, X], rows and keys; c [B, T, Hc, Y], values; unit last
+    strides; log_decay None, [H] or [B, T, H] float32; cu_seqlens None or [N + 1]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    c: torch.Tensor
+    log_decay: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+
+
+class Plans:
+    """What was worked out for calls of one form, kept for the next call of that form: it takes longer than a launch."""
+
+    MOST = 1024
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, Any] = {}
+
+    def of(self, key: Any, make: Callable[[], Any]) -> Any:
+        """The plan of a key, which must hold all that `make` looks at."""
+        plan = self._kept.get(key)
+        if plan is None:
+            if len(self._kept) >= self.MOST:
+                self._kept.clear()
+            plan = self._kept[key] = make()
+        return plan
+
+
+def form_of(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """All that a plan may depend on of tensors of one device: not their contents, not their addresses."""
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors])
 
 
 class Segments(NamedTuple):
@@ -38,22 +73,17 @@ def chunk_slots(tokens: int, sequences: int, batch: int, chunk: int, packed: boo
 
 
 class Sweep:
-    """One pass over time: its arguments, and the launches that need them.
+    """One pass over time: what its launches need to know, worked out once for operands of one form.
 
-    a, b: [B, T, Ha, X] and [B, T, Hb, X], rows and keys (unit last stride); c: [B, T, Hc, Y], values. log_decay: None,
-    [H] or [B, T, H] float32. heads: H. reverse: whether it runs backward in time. transposed: states in memory are
-    [Y, X], as when keys and values have exchanged their places. whole: never cut in time. config: block shapes other
-    than the table's.
+    like: operands of that form; none of them is kept. heads: H. reverse: whether it runs backward in time. transposed:
+    states in memory are [Y, X], as when keys and values have exchanged their places. whole: never cut in time. config:
+    block shapes other than the table's.
     """
 
     def __init__(
         self,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        log_decay: torch.Tensor | None,
+        like: Operands,
         heads: int,
-        cu_seqlens: torch.Tensor | None,
         *,
         scale: float = 1.0,
         reverse: bool = False,
@@ -61,38 +91,40 @@ class Sweep:
         whole: bool = False,
         config: tuning.SweepConfig | None = None,
     ) -> None:
-        self.a, self.b, self.c, self.log_decay, self.cu_seqlens = a, b, c, log_decay, cu_seqlens
-        self.heads, self.scale, self.reverse, self.whole = heads, scale, reverse, whole
+        a, log_decay = like.a, like.log_decay
+        self.heads, self.scale, self.reverse, self.packed = heads, scale, reverse, like.cu_seqlens is not None
         self.batch, self.tokens, _, self.x = a.shape
-        self.y = c.shape[-1]
+        self.y = like.c.shape[-1]
         self.index = device_index(a)
         self.decay = 0 if log_decay is None else (1 if log_decay.dim() == 1 else 2)
         self.config = config or tuning.sweep_config(self.x, self.y, a.element_size(), self.decay, self.index)
-        self.sequences = sequence_count(a, cu_seqlens)
+        self.sequences = sequence_count(a, like.cu_seqlens)
         self.parts = tuning.blocks(self.x, self.config.block_x)
         self.tiles = tuning.blocks(self.y, self.config.block_y) * self.parts  # of the state; each gives its own terms
         self.programs = self.tiles * self.sequences * heads
         self.state_strides = (1, self.x) if transposed else (self.y, 1)
         self.state_shape = (self.y, self.x) if transposed else (self.x, self.y)
+        self.cut = Segments(1, max(1, self.tokens))
+        if not whole and self.programs:
+            cut = Segments(*tuning.segments(self.tokens, self.config.chunk, self.programs, self.index))
+            self.cut = cut if cut.number > 1 else self.cut
+        self._launches: dict[Any, Launch] = {}
 
-    def segments(self, state: torch.Tensor | None, final: bool) -> tuple[Segments, torch.Tensor | None]:
+    def segments(self, x: Operands, state: torch.Tensor | None, final: bool) -> tuple[Segments, torch.Tensor | None]:
         """How to cut this pass, with the states its segments start from, and the last state if there are several.
 
         state: where the pass starts, [N, H, X, Y] (or transposed) float32 contiguous, or None. final: whether the last
         state is wanted.
         """
-        one = Segments(1, max(1, self.tokens))
-        if self.whole or self.programs == 0:
-            return one, None
-        cut = Segments(*tuning.segments(self.tokens, self.config.chunk, self.programs, self.index))
+        cut = self.cut
         if cut.number == 1:
-            return one, None
+            return cut, None
         # Every segment's own end state and decay, and a scan over them.
         size = self.x * self.y
-        states = self.a.new_empty((self.sequences, self.heads, cut.number, size), dtype=torch.float32)
-        g_sum = self.a.new_empty((self.sequences, self.heads, cut.number), dtype=torch.float64)
-        self._launch(cut, state_out=states, g_sum=g_sum, skip=0 if final else 1)
-        last = self._state() if final else None
+        states = x.a.new_empty((self.sequences, self.heads, cut.number, size), dtype=torch.float32)
+        g_sum = x.a.new_empty((self.sequences, self.heads, cut.number), dtype=torch.float64)
+        self._launch(x, cut, state_out=states, g_sum=g_sum, skip=0 if final else 1)
+        last = self._state(x) if final else None
         block = 1024
         _scan(
             (self.sequences * self.heads, tuning.blocks(size, block)), self.index,
@@ -102,6 +134,7 @@ class Sweep:
 
     def run(
         self,
+        x: Operands,
         state: torch.Tensor | None,
         *,
         final: bool = False,
@@ -117,30 +150,28 @@ class Sweep:
         """
         last = None
         if segments is None:
-            segments, last = self.segments(state, final)
+            segments, last = self.segments(x, state, final)
         one = segments.number == 1
         if final and one:
-            last = self._state()
+            last = self._state(x)
         shape = (self.batch, self.tokens, self.heads, self.y)
         split = self.parts > 1
-        out = self.a.new_empty((self.parts, *shape) if split else shape, dtype=torch.float32 if split else None)
+        out = x.a.new_empty((self.parts, *shape), dtype=torch.float32) if split else x.a.new_empty(shape)
         if self.programs:
             self._launch(
-                segments, out=out, state_in=state if one else segments.starts, state_out=last if one else None,
+                x, segments, out=out, state_in=state if one else segments.starts, state_out=last if one else None,
                 chunk_states=chunk_states, terms=terms,
             )  # fmt: skip
-        return self._added(out) if split else out, last
+        if split:  # the widest rows take two programs
+            out = torch.add(*out, out=x.a.new_empty(shape))  # rounded once
+        return out, last
 
-    def _added(self, parts: torch.Tensor) -> torch.Tensor:
-        """The sum of the parts [parts, ...] float32, rounded once to a's dtype."""
-        total = parts.new_empty(parts.shape[1:], dtype=self.a.dtype)
-        return torch.add(parts[0], parts[1], out=total) if len(parts) == 2 else total.copy_(parts.sum(0))
-
-    def _state(self) -> torch.Tensor:
-        return self.a.new_empty((self.sequences, self.heads, *self.state_shape), dtype=torch.float32)
+    def _state(self, x: Operands) -> torch.Tensor:
+        return x.a.new_empty((self.sequences, self.heads, *self.state_shape), dtype=torch.float32)
 
     def _launch(
         self,
+        x: Operands,
         segments: Segments,
         *,
         out: torch.Tensor | None = None,
@@ -151,16 +182,29 @@ class Sweep:
         terms: Terms | None = None,
         skip: int = 0,
     ) -> None:
-        a, b, c, g, config = self.a, self.b, self.c, self.log_decay, self.config
-        d = c if terms is None else terms.keys
+        keys, into = (None, None) if terms is None else terms
+        tensors = (
+            x.a, x.b, x.c, keys, x.log_decay, out, state_in, state_out, g_sum, chunk_states, into, x.cu_seqlens,
+        )  # fmt: skip
+        form = (segments.number, segments.length, skip, *[t is None for t in tensors[5:11]])
+        launch = self._launches.get(form)
+        if launch is None:
+            launch = self._launches[form] = self._prepared(
+                x, segments, keys, skip, *[t is not None for t in tensors[5:11]]
+            )
+        launch(*tensors)
+
+    def _prepared(
+        self, x: Operands, segments: Segments, keys: torch.Tensor | None, skip: int,
+        out: bool, state_in: bool, state_out: bool, g_sum: bool, chunk_states: bool, terms: bool,
+    ) -> Launch:  # fmt: skip
+        """The launch of operands of this form with these tensors: see `sweep_kernel`."""
+        a, b, c, g, config = x.a, x.b, x.c, x.log_decay, self.config
+        d = c if keys is None else keys
         align, strides = aligned_strides(a, b, c, d)
         heads = self.heads
-        _sweep(
-            (self.programs * (segments.number - skip),), self.index,
-            (
-                a, b, c, None if terms is None else d, g, out, state_in, state_out, g_sum, chunk_states,
-                None if terms is None else terms.out, self.cu_seqlens,
-            ),
+        return Launch(
+            _sweep, (self.programs * (segments.number - skip),), self.index,
             (
                 self.tokens, self.batch * self.tokens, segments.length, segments.number, skip, heads,
                 heads // a.shape[2], heads // b.shape[2], heads // c.shape[2], heads // d.shape[2],
@@ -168,11 +212,9 @@ class Sweep:
                 *(g.stride() if g is not None and self.decay == 2 else (0, 0, 0)), *self.state_strides,
             ),
             (
-                self.x, self.y, config.chunk, config.block_x, config.block_y, self.decay, self.reverse,
-                self.cu_seqlens is not None, align, config.warps > 4, out is not None,
-                state_in is not None,
-                state_out is not None, chunk_states is not None and terms is None, terms is not None,
-                g_sum is not None, a.dtype == torch.float32, a.dtype == torch.float16,
+                self.x, self.y, config.chunk, config.block_x, config.block_y, self.decay, self.reverse, self.packed,
+                align, config.warps > 4, out, state_in, state_out, chunk_states and not terms, terms, g_sum,
+                a.dtype == torch.float32, a.dtype == torch.float16,
             ),
             config.warps, config.stages,
         )  # fmt: skip

@@ -49,17 +49,18 @@ class Launcher:
         warps: int,
         stages: int,
         registers: int | None = None,
-    ) -> None:
+    ) -> Any:
         """Launch a grid of one or two dimensions on a device's current stream; device -1: Triton's interpreter.
 
-        registers: the most a thread may use; None leaves it to the compiler.
+        registers: the most a thread may use; None leaves it to the compiler. Returns what `Launch` may call the next
+        time, or None where Triton has to look at the arguments.
         """
         options = {"num_warps": warps, "num_stages": stages}
         if registers is not None:
             options["maxnreg"] = registers
         if device < 0:
             self._kernel[grid](*tensors, *numbers, *constants, **options)
-            return
+            return None
         # Addresses, which the launch takes as they are: of a tensor it would ask for more than that.
         addresses = [0 if x is None else x.data_ptr() for x in tensors]
         together = 0
@@ -70,11 +71,46 @@ class Launcher:
         compiled = self._compiled.get(key) if usual else None
         if torch.cuda.current_device() != device:
             with torch.cuda.device(device):
-                self(grid, device, tensors, numbers, constants, warps, stages, registers)
-        elif compiled is not None:
+                return self(grid, device, tensors, numbers, constants, warps, stages, registers)
+        if compiled is not None:
             blocks = (*grid, 1, 1)
-            compiled[blocks](*addresses, *numbers, *constants)
-        else:
-            compiled = self._kernel[grid](*tensors, *numbers, *constants, **options)
-            if usual:
-                self._compiled[key] = compiled
+            run = compiled[blocks]
+            run(*addresses, *numbers, *constants)
+            return run
+        compiled = self._kernel[grid](*tensors, *numbers, *constants, **options)
+        if usual:
+            self._compiled[key] = compiled
+        return None
+
+
+class Launch:
+    """A launch of which everything is known but the tensors' addresses: what is left to do takes a few microseconds.
+
+    Its tensors have the same dtypes at every call, and the same ones of them are None.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        grid: tuple[int, ...],
+        device: int,
+        numbers: tuple[float, ...],
+        constants: tuple[Any, ...],
+        warps: int,
+        stages: int,
+    ) -> None:
+        self._launcher, self._grid, self._device = launcher, grid, device
+        self._numbers, self._constants, self._options = numbers, constants, (warps, stages)
+        self._rest = (*numbers, *constants)
+        self._run: Any = None
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        if self._run is not None and torch.cuda.current_device() == self._device:
+            addresses = [0 if x is None else x.data_ptr() for x in tensors]
+            together = 0
+            for address in addresses:
+                together |= address
+            if together % 16 == 0:
+                self._run(*addresses, *self._rest)
+                return
+        self._run = self._launcher(self._grid, self._device, tensors, self._numbers, self._constants, *self._options)

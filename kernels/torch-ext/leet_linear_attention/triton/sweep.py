@@ -101,6 +101,7 @@ def sweep_kernel(
     if HAS_S_IN:
         S += tl.load(s_in_ptr + i_state + o_state, mask=mask_state, other=0.0)
     g_total = tl.zeros((), dtype=tl.float64)
+    first = n_chunks * 0
 
     lag = (r[None, :] - r[:, None]) if REVERSE else (r[:, None] - r[None, :])
     causal = lag >= 0
@@ -109,12 +110,17 @@ def sweep_kernel(
         g_head = tl.load(g_ptr + i_h // group_g)
         D = tl.where(causal, tl.exp(g_head * tl.where(causal, lag, 0).to(tl.float32)), 0.0)
         from_start = tl.exp(g_head * (r + 1).to(tl.float32))
+        g_total += g_head.to(tl.float64) * tl.maximum(end - begin, 0)
+        if SEGMENTED:
+            # exp(-200) takes every float32 to 0: only what is nearer to the segment's end is read
+            far = tl.minimum(200.0 / (C * tl.maximum(-g_head, 1e-9)), 1e9)
+            first = tl.maximum(n_chunks - 2 - far.to(tl.int32), 0)
     if DECAY == 2:
         # The decays of a chunk are loaded a chunk ahead: nothing else hides the way to memory.
         t0 = (begin + ((n_chunks - 1) * C if REVERSE else 0)).to(tl.int64)
         g_next = tl.load(g_ptr + (t0 + r) * sgt, mask=r < tl.where(n_chunks > 0, end - t0, 0), other=0.0)
 
-    for i in range(0, n_chunks):
+    for i in range(first, n_chunks):
         i_c = (n_chunks - 1 - i) if REVERSE else i
         t0 = (begin + i_c * C).to(tl.int64)
         n_valid = tl.minimum(end - begin - i_c * C, C)
@@ -181,7 +187,8 @@ def sweep_kernel(
 
         if DECAY != 0:
             S = decayed(S, g_chunk) if IS_FP32 else S * tl.exp(g_chunk)
-            g_total += g_chunk
+            if DECAY == 2:
+                g_total += g_chunk
             S += dot_narrow(tl.trans(b), c * to_end[:, None], IS_FP16)
         else:
             S += dot(tl.trans(b), c)
