@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import decay as formulas
 from .attend import attend
 from .cache import RecurrentLayer
+from .fused.rotary import turned
 from .layer import fixed_log_decay
 from .shapes import RecurrentShape
 from .upgrade import upgrade_layer
@@ -177,7 +178,7 @@ class DecayLinearAttention(nn.Module):
         v = self.v_proj(hidden_states).unflatten(-1, (-1, self.value_dim))
         if position_embeddings is not None:
             cos, sin = (table.unsqueeze(-2) for table in position_embeddings)
-            q, k = _turned(q, cos, sin), _turned(k, cos, sin)
+            q, k = turned(q, k, cos, sin, "rope_twice", method=self.method)
         if self.decay_proj is None:
             return q, k, v, fixed_log_decay(self.log_decays, q, self._kept)
         logits = self.decay_proj(hidden_states)
@@ -243,12 +244,6 @@ def recurrent_modules(model: nn.Module) -> list[DecayLinearAttention]:
                 f"two layers have layer_idx {first.layer_idx}: number them in their order, as each has a cache layer"
             )
     return found
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    inner, outer = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    low, high = inner.chunk(2, dim=-1)
-    return torch.cat([(inner * cos + torch.cat([-high, low], dim=-1) * sin).to(x.dtype), outer], dim=-1)
 
 
 def _log_decays(decay: Any, heads: int, layer: int, layers: int | None) -> formulas.LogDecays | None:

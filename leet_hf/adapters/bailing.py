@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from .. import decay as formulas
+from ..fused.rotary import turned
 from ..hosts.bailing import bailing_forward, bailing_layer_forward
 from ..shapes import RecurrentShape, SoftmaxShape
 from ..slots import stored_tensor
 from .base import Adapter, Decay, Projected
-from .common import agree, is_a, lacks, rotate_half
+from .common import agree, is_a, lacks
 
 CLASSES = ("BailingMoeV2LinearAttention", "BailingMoeV2_5LinearAttention")
 
@@ -132,16 +133,10 @@ class BailingAdapter(Adapter):
         if getattr(layer.config, "use_qk_norm", False):
             q, k = layer.query_layernorm(q), layer.key_layernorm(k)
         cos, sin = (x.unsqueeze(-2) for x in position_embeddings)  # [B, T, 1, rotary channels]
-        return Projected(_partly_rotated(q, cos, sin), _partly_rotated(k, cos, sin), v)
+        return Projected(*turned(q, k, cos, sin, "rope_twice", method=layer._leet.method), v)
 
     def finish(self, layer: Any, o: Tensor, hidden_states: Tensor, rest: Any) -> Tensor:
         return layer.dense(layer.g_norm(o.flatten(-2)) * torch.sigmoid(layer.g_proj(hidden_states)))
-
-
-def _partly_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rope on as many of the first channels as cos has."""
-    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    return torch.cat([turned * cos + rotate_half(turned) * sin, kept], dim=-1)
 
 
 def _softmax_lacks(attention: nn.Module) -> str | None:

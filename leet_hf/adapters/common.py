@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 # A formula in float32 and a buffer that was rounded to 16 bits agree within this. The absolute part is for float16,
@@ -50,9 +49,3 @@ def decay_of_slopes(
     if agree(own, formula):
         return formula, f"formula {words}"
     return own, "the base model's slopes, which are not the formula's, * (1 - l/(L-1) + 1e-5)"
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    """[x1, x2] to [-x2, x1], by halves of the last dim (GPT-NeoX's order of rope channels)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)

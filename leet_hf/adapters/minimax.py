@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import decay as formulas
+from ..fused.glu import activation_name
+from ..fused.silu_split import silu_split
 from ..host import LINEAR, decoder_forward
 from ..shapes import RecurrentShape, SoftmaxShape
 from ..slots import stored_tensor
@@ -76,8 +78,10 @@ class MiniMaxAdapter(Adapter):
         return 1.0
 
     def project(self, layer: Any, hidden_states: Tensor, position_embeddings: Any) -> Projected:
-        packed = layer.act_fn(layer.qkv_proj(hidden_states))
-        q, k, v = packed.unflatten(-1, (-1, 3 * layer.head_dim)).chunk(3, dim=-1)
+        packed = layer.qkv_proj(hidden_states)
+        if activation_name(layer.act_fn) == "silu":
+            return Projected(*silu_split(packed, layer.head_dim, method=layer._leet.method))
+        q, k, v = layer.act_fn(packed).unflatten(-1, (-1, 3 * layer.head_dim)).chunk(3, dim=-1)
         return Projected(q, k, v)
 
     def finish(self, layer: Any, o: Tensor, hidden_states: Tensor, rest: Any) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import decay as formulas
+from ..fused.glu import activation_name
+from ..fused.silu_split import silu_split
 from ..hosts.head import STRICT_HEAD_METHODS
 from ..hosts.lightning import Dialect, lightning_forward, lightning_layer_forward, softmax_in_context
 from ..hosts.softmax import softmax_forward
@@ -102,8 +104,10 @@ class MiniMaxText01Adapter(Adapter):
         return 1.0
 
     def project(self, layer: Any, hidden_states: Tensor, position_embeddings: Any) -> Projected:
-        packed = layer.act(layer.qkv_proj(hidden_states))
-        q, k, v = packed.unflatten(-1, (-1, 3 * layer.head_dim)).chunk(3, dim=-1)
+        packed = layer.qkv_proj(hidden_states)
+        if activation_name(layer.act) == "silu":
+            return Projected(*silu_split(packed, layer.head_dim, method=layer._leet.method))
+        q, k, v = layer.act(packed).unflatten(-1, (-1, 3 * layer.head_dim)).chunk(3, dim=-1)
         return Projected(q, k, v)
 
     def finish(self, layer: Any, o: Tensor, hidden_states: Tensor, rest: Any) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import decay as formulas
+from ..fused.rotary import turned
 from ..hosts.head import HEAD_METHODS
 from ..hosts.retnet_fla import fla_forward, fla_head_forward, fla_layer_forward, fla_softmax_forward
-from ..retnet.positions import rotate
 from ..shapes import RecurrentShape, SoftmaxShape
 from .base import Adapter, Decay, Projected
 from .common import is_a, lacks
@@ -105,7 +105,7 @@ class FlaRetNetAdapter(Adapter):
         if getattr(layer, "feature_map_fn", None) is not None:
             q, k = layer.feature_map_fn(q), layer.feature_map_fn(k)
         cos, sin = position_embeddings
-        return Projected(rotate(q, cos, sin, "rope"), rotate(k, cos, sin, "rope"), v)
+        return Projected(*turned(q, k, cos, sin, method=layer._leet.method), v)
 
     def finish(self, layer: Any, o: Tensor, hidden_states: Tensor, rest: Any) -> Tensor:
         if layer.fuse_norm_and_gate:

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from leet_linear_attention.checks import MAX_HEAD_DIM
 
 from .. import decay as formulas
+from ..fused.rotary import turned
 from ..hosts.retnet_port import PORT_HEAD_METHODS, THETA, Turns, port_forward, port_layer_forward
-from ..retnet.positions import rotary_angles, rotate
+from ..retnet.positions import rotary_angles
 from ..shapes import RecurrentShape, SoftmaxShape
 from ..slots import stored_tensor
 from .base import Adapter, Decay, Projected
@@ -107,11 +108,11 @@ class PortRetNetAdapter(Adapter):
 
     def project(self, layer: Any, hidden_states: Tensor, position_embeddings: Turns) -> Projected:
         cos, sin, sums = position_embeddings
-        q, k = (
-            rotate(proj(hidden_states).unflatten(-1, (layer.num_heads, -1)), cos, sin, "theta_shift")
-            for proj in (layer.q_proj, layer.k_proj)
+        q, k, v = (
+            proj(hidden_states).unflatten(-1, (layer.num_heads, -1))
+            for proj in (layer.q_proj, layer.k_proj, layer.v_proj)
         )
-        v = layer.v_proj(hidden_states).unflatten(-1, (layer.num_heads, -1))
+        q, k = turned(q, k, cos, sin, "theta_shift", method=layer._leet.method)
         parts, width = _parts(layer.head_dim)
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
         v = F.pad(v, (0, parts * width - v.shape[-1])).unflatten(-1, (parts, width)).flatten(2, 3)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import decay as formulas
+from ..fused.rotary import turned
 from ..hosts.head import HEAD_METHODS
 from ..hosts.lightning import (
     BOUNDS,
@@ -19,10 +20,10 @@ from ..hosts.lightning import (
 )
 from ..hosts.softmax import softmax_forward
 from ..hosts.sparse import is_sparse, layer_class, sparse_arguments
-from ..hosts.tables import tables_lack, turned
+from ..hosts.tables import tables_lack, turned_by_tables
 from ..shapes import RecurrentShape, SoftmaxShape
 from .base import Adapter, Decay, Projected
-from .common import lacks, rotate_half
+from .common import lacks
 
 LIGHTNING = ("lightning-attn", "lightning_attn", "lightning")
 
@@ -116,11 +117,11 @@ class _LightningAdapter(Adapter):
         if layer.qk_norm:
             q, k = layer.q_norm(q), layer.k_norm(k)
         if layer.use_rope:
-            q, k = self.turn(layer, q, position_embeddings), self.turn(layer, k, position_embeddings)
+            q, k = self.turn(layer, q, k, position_embeddings)
         return Projected(q, k, v)
 
-    def turn(self, layer: Any, x: Tensor, position_embeddings: Any) -> Tensor:
-        """x [B, T, H, D] turned by its place."""
+    def turn(self, layer: Any, q: Tensor, k: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor]:
+        """q and k [B, T, heads, D] turned by their places."""
         raise NotImplementedError
 
     def finish(self, layer: Any, o: Tensor, hidden_states: Tensor, rest: Any) -> Tensor:
@@ -180,8 +181,8 @@ class SalaAdapter(_LightningAdapter):
         turns = getattr(attention.config, "attn_use_rope", True)
         return lacking or (tables_lack(getattr(attention, "rotary_emb", None)) if turns else None)
 
-    def turn(self, layer: Any, x: Tensor, position_embeddings: Any) -> Tensor:
-        return turned(x, layer.rotary_emb, position_embeddings)
+    def turn(self, layer: Any, q: Tensor, k: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor]:
+        return turned_by_tables(q, k, layer.rotary_emb, position_embeddings, method=layer._leet.method)
 
 
 class _Facade:
@@ -219,6 +220,6 @@ class HypeNetAdapter(_LightningAdapter):
             return "neither lightning nor softmax attention: it keeps states that caches here do not hold"
         return lacks(attention, ["q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "config"])
 
-    def turn(self, layer: Any, x: Tensor, position_embeddings: Any) -> Tensor:
+    def turn(self, layer: Any, q: Tensor, k: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor]:
         cos, sin = (table.unsqueeze(-2) for table in position_embeddings)
-        return x * cos + rotate_half(x) * sin
+        return turned(q, k, cos, sin, "rope_twice", method=layer._leet.method)

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..fused.rotary import turned
 from ..host import LINEAR, SOFTMAX, Prepared, prepare, real_positions
 from ..packing import sequence_positions
-from ..retnet.positions import rotary_angles, rotary_tables, rotate
+from ..retnet.positions import rotary_angles, rotary_tables
 from ..versions import CACHE, cache_argument, merge_with_config_defaults
 from .remote import Context, Record, attend_in, context, given_or, kinds_of, local_mask, positions_alone, run_layer
 from .softmax import eager_attention
@@ -136,8 +137,8 @@ def fla_softmax_forward(
     q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
     if getattr(self, "qk_norm", False):
         q, k = self.q_norm(q), self.k_norm(k)
-    tables = _tables(self, given.positions, hidden_states)
-    q, k, v = (x.transpose(1, 2) for x in (rotate(q, *tables, "rope"), rotate(k, *tables, "rope"), v))
+    q, k = turned(q, k, *_tables(self, given.positions, hidden_states))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if past is not None:
         k, v = past.update(k, v, self._leet.index)
     k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k, v))

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..versions import cache_argument
-from .tables import Places, places, turned
+from .tables import Places, places, turned_by_tables
 
 if TYPE_CHECKING:
     from ..adapters.base import Adapter
@@ -72,7 +72,7 @@ def softmax_forward(
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         given = SoftmaxContext(given, places(position_ids, past), self.config._attn_implementation, {})
     if getattr(self.config, "attn_use_rope", True):
-        q, k = turned(q, self.rotary_emb, given.where), turned(k, self.rotary_emb, given.where)
+        q, k = turned_by_tables(q, k, self.rotary_emb, given.where)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if past is not None:
         k, v = past.update(k, v, self._leet.index)

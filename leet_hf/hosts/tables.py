@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..fused.rotary import turned
+
 
 class Places(NamedTuple):
     """Where tokens are. ids: positions [B, T]. length: one more than the highest, None where only the device knows."""
@@ -23,19 +25,19 @@ def places(position_ids: Tensor, cache: Any) -> Places:
     return Places(position_ids, int(position_ids.max()) + 1)
 
 
-def turned(x: Tensor, rotary: Any, where: Places) -> Tensor:
-    """x [B, T, H, D] with its first channels turned, as many as the tables of `rotary` have, in float32 at least.
+def turned_by_tables(
+    q: Tensor, k: Tensor, rotary: Any, where: Places, *, method: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """q and k [B, T, heads, D] with their first channels turned, as many as the tables of `rotary` have, in float32.
 
     rotary: a module called with (a tensor, seq_len) that returns rows of its tables, which it makes longer if need be.
+    method: as `leet_hf.fused.rotary.turned`.
     """
     length = rotary.max_seq_len_cached if where.length is None else where.length
-    wide = torch.promote_types(x.dtype, torch.float32)
-    tables = rotary(torch.empty(0, dtype=wide, device=x.device), seq_len=length)
-    cos, sin = (table[where.ids].unsqueeze(-2) for table in tables)  # [B, T, 1, channels]
-    inner, outer = x[..., : cos.shape[-1]].to(wide), x[..., cos.shape[-1] :]
-    low, high = inner.chunk(2, dim=-1)
-    inner = inner * cos + torch.cat([-high, low], dim=-1) * sin
-    return torch.cat([inner.to(x.dtype), outer], dim=-1)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    tables = rotary(torch.empty(0, dtype=wide, device=q.device), seq_len=length)
+    cos, sin = (table[where.ids].unsqueeze(-2).to(wide) for table in tables)  # [B, T, 1, channels]
+    return turned(q, k, cos, sin, "rope_twice", method=method)
 
 
 def tables_lack(rotary: Any) -> str | None:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..fused.rotary import turned
 from ..shapes import SoftmaxShape
 from ..versions import cache_argument
 from .configuration_retnet import RetNetConfig
-from .positions import Positions, rotary_angles, rotary_tables, rotate
+from .positions import Positions, rotary_angles, rotary_tables
 
 
 class RetNetAttention(nn.Module):
@@ -51,7 +52,8 @@ class RetNetAttention(nn.Module):
         q, k, v = (
             proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k, v = (x.transpose(1, 2) for x in (rotate(q, cos, sin, "rope"), rotate(k, cos, sin, "rope"), v))
+        q, k = turned(q, k, cos, sin, method=self.config.method)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         past = cache_argument(past_key_values, cache)
         if past is not None:
             k, v = past.update(k, v, self.layer_idx)

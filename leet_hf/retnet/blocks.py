@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..fused.glu import activation_name, gated
 from .attention import RetNetAttention
 from .configuration_retnet import RetNetConfig
 from .norms import NORMS
@@ -30,12 +31,15 @@ class RetNetMLP(nn.Module):
         self.down_proj = ScaledLinear(inner, hidden, bias=bias)
         self.norm = NORMS[config.subln_type](inner, config.norm_eps) if config.subln else None
         self.act_fn = ACT2FN[config.hidden_act]
+        self.activation, self.method = activation_name(self.act_fn), config.method
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             inner = self.act_fn(self.up_proj(x))
-        else:
+        elif self.activation is None:
             inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        else:
+            inner = gated(self.gate_proj(x), self.up_proj(x), self.activation, method=self.method)
         inner = nn.functional.dropout(inner, self.dropout, self.training)
         return self.down_proj(inner if self.norm is None else self.norm(inner))
 

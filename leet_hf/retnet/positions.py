@@ -37,17 +37,6 @@ def rotary_tables(position_ids: Tensor, angles: Tensor, dtype: torch.dtype) -> t
     return phase.cos(), phase.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, kind: str) -> Tensor:
-    """x [B, T, H, D] with each pair of dims turned by its angle: dims (i, i + D/2) for rope, (2i, 2i + 1) else."""
-    if kind == "rope":
-        first, second = x.to(cos.dtype).chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    else:
-        first, second = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
-    return turned.to(x.dtype)
-
-
 def decay_sums(counts: Tensor, log_decay: Tensor) -> Tensor:
     """`1 + gamma + ... + gamma^n` at position n of its sequence: counts [B, T], log_decay [H] to float [B, T, H, 1]."""
     reach = (counts[..., None] + 1) * log_decay

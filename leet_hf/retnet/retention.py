@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..adapters.base import Projected
+from ..fused.rotary import turned
 from ..layer import LayerBinding, layer_forward
 from ..shapes import RecurrentShape
 from .adapter import RetNetAdapter
 from .configuration_retnet import RetNetConfig
 from .norms import NORMS
-from .positions import Positions, decay_sums, rotate
+from .positions import Positions, decay_sums
 from .projections import ScaledLinear
 
 # The norm of the heads has another name where flash-linear-attention fuses it with the gate.
@@ -70,7 +71,7 @@ class RetNetRetention(nn.Module):
         v = self.v_proj(hidden_states).unflatten(-1, (-1, config.value_dim))
         if self.feature_map is not None:
             q, k = self.feature_map(q), self.feature_map(k)
-        q, k = (rotate(x, positions.cos, positions.sin, config.position_embedding) for x in (q, k))
+        q, k = turned(q, k, positions.cos, positions.sin, config.position_embedding, method=self._leet.method)
         if config.retention_scale == "score":
             v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)  # its output is the sum of the scores
         return Projected(q, k, v, rest=positions.counts)
