@@ -249,7 +249,7 @@ class Decoding:
                 if restore is None:
                     raise
                 restore()
-                if not step.use_other_experts(base):
+                if not step.use_other_experts():
                     self.refused = step.refused = f"a step does not run ({_in_words(error)})"
                     return None
             else:
@@ -266,7 +266,7 @@ class Decoding:
         try:
             recorded = self.recorder.record(functools.partial(step.run, base))
         except Exception as error:  # whatever a host's modules do that can not be recorded
-            if step.use_other_experts(base):
+            if step.use_other_experts():
                 step.proven = False  # their kernels have to be there first
             else:
                 step.refused = f"recording failed ({_in_words(error)})"

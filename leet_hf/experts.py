@@ -1,4 +1,4 @@
-"""Which of the host's implementations of experts a recorded decode step uses: one that asks nothing of the host."""
+"""Which implementation of experts a recorded decode step uses: one that asks nothing of the host."""
 
 from __future__ import annotations
 
@@ -9,41 +9,50 @@ from typing import Any
 import torch
 from torch import nn
 
+from .fused import experts as fused
+
 # Copies of the chosen experts' weights that "batched_mm" may make in a step.
 MOST_COPIED = 64 << 20
 # Loops over experts on the host, or picks kernels by what the device says.
 _ASKING = (None, "eager", "grouped_mm", "batched_mm")
 
 
-def recordable_experts(base: Any, tokens: int) -> tuple[str | None, str | None]:
-    """(implementation to record a step of `tokens` tokens with, or None to leave it; why there is none, or None).
+def recordable_experts(base: Any, tokens: int) -> tuple[list[str], str | None]:
+    """(implementations a step of `tokens` tokens can be recorded with, the best first; why there is none, or None).
 
-    "grouped_mm" reads each chosen expert's weights once and is one kernel for bfloat16 on GPUs of capability 9 and
-    newer; elsewhere it waits for the device. "batched_mm" copies the weights of the experts each token chose: right for
-    few tokens only.
+    None of both: there are no experts, or those set in the config can be recorded. "leet_hf" is two launches for few
+    tokens. "grouped_mm" reads each chosen expert's weights once too, in about twenty launches, and only for bfloat16 on
+    GPUs of capability 9 and newer without waiting for the device. "batched_mm" copies the weights of the experts each
+    token chose: right for few tokens only.
     """
-    weights = _weights(base)
+    experts = [module for module in base.modules() if _is_experts(module)]
+    weights = _weights(experts)
     if not weights or getattr(base.config, "_experts_implementation", None) not in _ASKING:
-        return None, None
+        return [], None
+    found = []
+    if all(fused.misfit(module, tokens) is None for module in experts):
+        fused.register()
+        found.append(fused.NAME)
     if all(_groups(weight) for weight in weights):
-        return "grouped_mm", None
-    copied = copied_experts(base, tokens)
+        found.append("grouped_mm")
+    copied = _copied(base, weights, tokens)
     if copied <= MOST_COPIED:
-        return "batched_mm", None
-    return None, (
+        found.append("batched_mm")
+    if found:
+        return found, None
+    return [], (
         f"a step of {tokens} tokens would copy {copied >> 20} MB of experts' weights a layer, and only bfloat16 on "
         "GPUs of capability 9 has experts in one kernel"
     )
 
 
-def copied_experts(base: Any, tokens: int) -> int:
+def _copied(base: Any, weights: list[torch.Tensor], tokens: int) -> int:
     """Bytes of weights that "batched_mm" copies at once in a step of `tokens` tokens."""
     chosen = tokens * int(getattr(base.config, "num_experts_per_tok", 1))
-    return max((chosen * weight[0].numel() * weight.element_size() for weight in _weights(base)), default=0)
+    return max(chosen * weight[0].numel() * weight.element_size() for weight in weights)
 
 
-def _weights(base: nn.Module) -> list[torch.Tensor]:
-    experts = (module for module in base.modules() if _is_experts(module))
+def _weights(experts: list[nn.Module]) -> list[torch.Tensor]:
     return [p for module in experts for p in module.parameters(recurse=False) if p.dim() == 3]
 
 

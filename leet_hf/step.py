@@ -12,7 +12,7 @@ from leet_linear_attention import step_asks_the_device
 
 from .arena import Arena, StepRecurrent, StepSoftmax
 from .cache import lasting_tensors
-from .experts import MOST_COPIED, copied_experts, experts_set_to, recordable_experts
+from .experts import experts_set_to, recordable_experts
 from .layer import LayerBinding
 from .recording import Recorded
 from .versions import CACHE
@@ -30,7 +30,7 @@ class Step:
         tokens: int, window: int, padded: bool, position_rows: int,
     ) -> None:  # fmt: skip
         self.arena, self._forward, self.window, self.padded = arena, forward, window, padded
-        self.experts, self.refused = recordable_experts(base, arena.rows * tokens)
+        self._experts, self.refused = recordable_experts(base, arena.rows * tokens)
         self.refused = self.refused or _state_obstacle(arena, base, tokens)
         self.proven = False  # whether it has run
         self.recorded: Recorded | None = None
@@ -49,13 +49,17 @@ class Step:
                 assert mask is not None
                 self.arena.padding[:, : mask.shape[1]].copy_(mask)
 
-    def use_other_experts(self, base: Any) -> bool:
-        """Go on with experts that run everywhere, after those of one kernel did not; False if there are no others."""
-        few = copied_experts(base, self.ids.numel()) <= MOST_COPIED
-        changed = self.experts == "grouped_mm" and few
-        if changed:
-            self.experts = "batched_mm"
-        return changed
+    @property
+    def experts(self) -> str | None:
+        """The experts implementation it runs with; None: as the config says."""
+        return self._experts[0] if self._experts else None
+
+    def use_other_experts(self) -> bool:
+        """Go on with the next implementation of experts, after one did not run; False if there is no other."""
+        if len(self._experts) > 1:
+            del self._experts[0]
+            return True
+        return False
 
     @torch.no_grad()
     def run(self, base: Any) -> Tensor:

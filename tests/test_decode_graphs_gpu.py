@@ -113,16 +113,23 @@ def _same_logits(model: Any, prompt: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 64])
-def test_experts_in_one_kernel_and_by_copies(rows: int) -> None:
-    """bfloat16 on capability 9 groups tokens by expert; float32 copies weights, for few tokens."""
+@pytest.mark.parametrize("how", ["leet_hf", "grouped_mm", "batched_mm"])
+def test_experts_of_a_step(how: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens in two launches; else bfloat16 on capability 9 groups tokens by expert; copies of weights last."""
+    if how != "leet_hf":
+        monkeypatch.setattr("leet_hf.fused.experts.MOST_TOKENS", 0)
+    if how == "batched_mm":
+        monkeypatch.setattr("leet_hf.experts._groups", lambda weight: False)
+    elif how == "grouped_mm" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("grouped_mm waits for the device before capability 9")
     half = patch_model(tiny.model(**SIZES).cuda().bfloat16())
     _same_logits(half, ids(rows))
     step = next(step for arena in half._leet.decoding.arenas.values() for step in arena.recordings.values())
     assert step.recorded is not None, reason(half)
-    if torch.cuda.get_device_capability()[0] >= 9:
-        assert step.experts == "grouped_mm"
+    assert step.experts == how
     assert half.config._experts_implementation == "grouped_mm"
-    same_tokens(patch_model(tiny.model(**SIZES).cuda()), ids(rows))
+    if how != "grouped_mm":
+        same_tokens(patch_model(tiny.model(**SIZES).cuda()), ids(rows))
 
 
 def test_reuse_batch_sizes_growth_and_memory() -> None:

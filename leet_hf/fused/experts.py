@@ -1,0 +1,88 @@
+"""Experts of a mixture for the few tokens of a decode step: two launches, which read each chosen expert once.
+
+The host's "grouped_mm" sorts tokens by experts first: some twenty launches, which in a decode step take longer than
+reading the weights. Registered with Transformers as the experts implementation `NAME`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from leet_linear_attention.dispatch import available_methods
+
+NAME = "leet_hf"
+MOST_TOKENS = 64  # all of them are in every program's tile
+
+
+def misfit(experts: nn.Module, tokens: int) -> str | None:
+    """Why these kernels can not be a module's experts for `tokens` tokens, or None if they can."""
+    if tokens > MOST_TOKENS:
+        return f"{tokens} tokens are more than {MOST_TOKENS}"
+    given: Any = experts
+    plain = given.has_gate and not given.has_bias and not given.is_transposed and given.is_concatenated
+    if not plain or getattr(given, "has_post_expert_norm", False) or getattr(given, "_is_expert_parallel", False):
+        return "the experts have another form than a gate, up and down projection without bias"
+    if type(given)._apply_gate.__module__ != "transformers.integrations.moe" or type(given.act_fn) is not _silu():
+        return "the experts' gate is another than silu(gate) * up"
+    if not given.down_proj.is_cuda:
+        return "the experts are not on a CUDA device"
+    return available_methods(given.down_proj.device, given.down_proj.dtype)["triton"]
+
+
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The sum of each token's experts, as the host's implementations compute it: no gradients.
+
+    hidden_states [T, hidden], T at most `MOST_TOKENS`; top_k_index and top_k_weights [T, top k]. Returns [T, hidden].
+    """
+    from leet_linear_attention.triton.launcher import device_index
+
+    up, down = _launchers()
+    x = hidden_states.contiguous()
+    index, share = top_k_index.contiguous(), top_k_weights.contiguous()
+    into_up: Tensor = self.gate_up_proj  # type: ignore[assignment]
+    into_down: Tensor = self.down_proj  # type: ignore[assignment]
+    tokens, chosen = index.shape
+    experts, hidden, inner = into_down.shape
+    rows = max(16, 1 << (tokens - 1).bit_length())
+    between = x.new_empty(tokens, chosen, inner)
+    out = torch.empty_like(x)
+    device = device_index(x)
+    narrow = x.element_size() == 2
+    tile, step = 32, 128 if narrow else 32
+    up(
+        (experts * -(-inner // tile),), device, (x, index, into_up, between), (tokens, hidden),
+        (hidden, inner, chosen, rows, tile, step), 4, 4 if narrow else 2,
+    )  # fmt: skip
+    tile, step = 16, 256 if narrow else 64
+    down(
+        (-(-hidden // tile),), device, (between, index, share, into_down, out), (tokens, experts),
+        (hidden, inner, chosen, rows, tile, step), 4, 4 if narrow else 2,
+    )  # fmt: skip
+    return out
+
+
+def register() -> None:
+    """Make the name known to Transformers, as attention and experts implementations are."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def _silu() -> type[nn.Module]:
+    return type(ACT2FN["silu"])
+
+
+def _launchers() -> tuple[Any, Any]:
+    if not _made:
+        from leet_linear_attention.triton.launcher import Launcher
+
+        from .experts_kernel import down_kernel, up_kernel
+
+        _made.extend((Launcher(up_kernel), Launcher(down_kernel)))
+    return _made[0], _made[1]
+
+
+_made: list[Any] = []
