@@ -55,7 +55,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     narrow = x.element_size() == 2
     tile, step = 32, 128 if narrow else 32
     up(
-        (experts * -(-inner // tile),), device, (x, index, into_up, between), (tokens, hidden),
+        (experts * -(-inner // tile),), device, (x, index, into_up, between), (tokens,),
         (hidden, inner, chosen, rows, tile, step), 4, 4 if narrow else 2,
     )  # fmt: skip
     tile, step = 16, 256 if narrow else 64

@@ -8,12 +8,12 @@ import triton.language as tl
 from leet_linear_attention.triton.common import dot
 
 
-@triton.jit(do_not_specialize=["T", "row"])
+@triton.jit(do_not_specialize=["T"])
 def up_kernel(
-    x_ptr, index_ptr, weight_ptr, out_ptr, T, row,
+    x_ptr, index_ptr, weight_ptr, out_ptr, T,
     D: tl.constexpr, I: tl.constexpr, TOP: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate) * up. Grid (experts * tiles of I,). x [T, D] (``row`` apart), index [T, TOP], weight [E, 2 I, D]
+    """silu(gate) * up. Grid (experts * tiles of I,). x [T, D], index [T, TOP], weight [E, 2 I, D]
     with the gate's rows first; out [T, TOP, I]."""
     TILES: tl.constexpr = (I + BI - 1) // BI
     expert = (tl.program_id(0) // TILES).to(tl.int64)
@@ -23,19 +23,21 @@ def up_kernel(
     for j in tl.static_range(TOP):
         hits += (tl.load(index_ptr + t * TOP + j, mask=mask_t, other=-1) == expert).to(tl.int32)
     if tl.sum(hits, 0) > 0:
-        i = (tl.program_id(0) % TILES) * BI + tl.arange(0, BI)
+        first = (tl.program_id(0) % TILES) * BI
+        i = first + tl.arange(0, BI)
         mask_i = i < I
+        # Rows of gate and up in turns: one product for both.
+        r = tl.arange(0, 2 * BI)
+        mask_r = first + r // 2 < I
+        rows = weight_ptr + expert * (2 * I * D) + ((r % 2) * I + first + r // 2)[:, None] * D
         d = tl.arange(0, BD)
-        weight_ptr += expert * (2 * I * D)
-        gate = tl.zeros((BT, BI), dtype=tl.float32)
-        up = tl.zeros((BT, BI), dtype=tl.float32)
+        both = tl.zeros((BT, 2 * BI), dtype=tl.float32)
         for d0 in range(0, D, BD):
             mask_d = d0 + d < D
-            x = tl.load(x_ptr + t[:, None] * row + (d0 + d)[None, :], mask=mask_t[:, None] & mask_d[None, :], other=0.0)
-            at = weight_ptr + i[:, None] * D + (d0 + d)[None, :]
-            mask = mask_i[:, None] & mask_d[None, :]
-            gate += dot(x, tl.trans(tl.load(at, mask=mask, other=0.0)))
-            up += dot(x, tl.trans(tl.load(at + I * D, mask=mask, other=0.0)))
+            x = tl.load(x_ptr + t[:, None] * D + (d0 + d)[None, :], mask=mask_t[:, None] & mask_d[None, :], other=0.0)
+            w = tl.load(rows + (d0 + d)[None, :], mask=mask_r[:, None] & mask_d[None, :], other=0.0)
+            both += dot(x, tl.trans(w))
+        gate, up = tl.split(tl.reshape(both, (BT, BI, 2)))
         # rounded where the host's products and activation are
         kind = out_ptr.dtype.element_ty
         gate = gate.to(kind).to(tl.float32)
