@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -295,25 +295,27 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
     plt.close(figure)
 
 
-def parts(chosen: argparse.Namespace, bandwidth: float) -> list[dict[str, Any]]:
+def parts(chosen: argparse.Namespace, bandwidth: float) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one part after another."""
+
     def wanted(name: str) -> bool:
         return chosen.only in name
 
     batches = BATCHES[:1] if chosen.quick else BATCHES
     peers = not (chosen.quick or chosen.no_peers)
-    rows: list[dict[str, Any]] = []
     for name in MAKERS if bandwidth else ():
         own = [batch for batch in batches if wanted(f"{name}-B{batch}")]
-        rows += decoding(name, own, peers, bandwidth) if own else []
+        if own:
+            yield decoding(name, own, peers, bandwidth)
     if bandwidth and wanted("prefill") and not chosen.quick:
-        rows += prefill(peers)
+        yield prefill(peers)
     for name in MAKERS if bandwidth else ():
-        rows += [first(name)] if wanted(f"first {name}") else []
+        if wanted(f"first {name}"):
+            yield [first(name)]
     if bandwidth and wanted("drafts") and not chosen.quick:
-        rows += drafts()
+        yield drafts()
     if wanted("cpu"):
-        rows += cpu()
-    return rows
+        yield cpu()
 
 
 def main() -> None:
@@ -329,10 +331,14 @@ def main() -> None:
         require_cuda()
         bandwidth = copy_bandwidth()
         print(f"copy {bandwidth / 1e12:.2f} TB/s", flush=True)
-    rows = parts(chosen, bandwidth)
-    print(table(rows, [column for column in COLUMNS if any(column in row for row in rows)]))
     name = "generate-cpu" if chosen.only == "cpu" else "generate"
-    path = write(name, {"copy_bytes_per_second": bandwidth, "prompt": PROMPT, "rows": rows}, chosen.output)
+    rows: list[dict[str, Any]] = []
+    for more in parts(chosen, bandwidth):
+        rows += more
+        path = write(name, {"copy_bytes_per_second": bandwidth, "prompt": PROMPT, "rows": rows}, chosen.output)
+    if not rows:
+        raise SystemExit(f"--only {chosen.only!r} names no part")
+    print(table(rows, [column for column in COLUMNS if any(column in row for row in rows)]))
     plot(rows, path.with_suffix(".png"), torch.cuda.get_device_name() if bandwidth else "the CPU")
     print(f"wrote {path}")
 
