@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -40,6 +41,31 @@ def test_contenders_do_the_same_work(bench: ModuleType, tmp_path: Path, monkeypa
         assert rows.keys() == ({"ours"} if case.startswith("retnet") else {"stock", "ours"})
         assert all(row["loss"] == pytest.approx(rows["ours"]["loss"], rel=1e-3) for row in rows.values())
         assert {row["flops"] for row in rows.values()} == {rows["ours"]["flops"]}
+
+
+def test_rows_are_written_before_the_next_is_measured(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is cut in its third row keeps the two before."""
+    rows = [{"case": "a", "who": who, "ms": ms, "tokens/s": 1e3} for who, ms in (("ours", 1.0), ("stock", 3.0))]
+
+    def measured(*_: object) -> Iterator[dict]:
+        yield from rows
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "rows_of", measured)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--tiny", "--output", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        bench.main()
+    kept = json.loads((tmp_path / "train.json").read_text())["rows"]
+    assert [(row["who"], row.get("x ours")) for row in kept] == [("ours", None), ("stock", 3.0)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.json", "train.png"]
+
+
+def test_a_case_that_is_not_there(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--tiny", "--only", "gpt"])
+    with pytest.raises(SystemExit, match="--only 'gpt' names no case; there are: minimax B2 T64, retnet B2 T64"):
+        bench.main()
 
 
 def test_models_have_the_sizes_they_are_named_for(bench: ModuleType) -> None:
