@@ -3,6 +3,7 @@
     pip install -e ".[examples]"
     python examples/finetune.py --smoke                  # the whole path, on a CPU too
     python examples/finetune.py --model FOLDER --text book.txt --output tuned
+    accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/finetune.py    # several GPUs
 
 Started again, it goes on from its last checkpoint. The output folder then holds model/ (a stock Transformers
 checkpoint), loss.png and summary.json.
@@ -16,7 +17,19 @@ from __future__ import annotations
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from corpus import CheckedCollator, documents, read_sections, split_sections
-from recipe import load, measure, needs, options, remember, report, sample, train, trainer_settings, write_whole
+from recipe import (
+    is_main_process,
+    load,
+    measure,
+    needs,
+    options,
+    remember,
+    report,
+    sample,
+    save_trained,
+    train,
+    trainer_settings,
+)
 
 
 def main() -> None:
@@ -40,7 +53,9 @@ def main() -> None:
     )
     before = measure(model, tokenizer, held, chosen.length)
     result = train(trainer, chosen.output)
-    write_whole(chosen.output / "model", lambda folder: trainer.save_model(str(folder)))
+    save_trained(trainer, chosen.output / "model")
+    if not is_main_process():
+        return
 
     saved, tokenizer = load(chosen.output / "model")
     result["settings"] = settings

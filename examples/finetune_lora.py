@@ -20,7 +20,20 @@ import torch
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from corpus import CheckedCollator, documents, read_sections, split_sections
-from recipe import load, measure, needs, options, remember, report, sample, train, trainer_settings, write_whole
+from recipe import (
+    is_main_process,
+    load,
+    measure,
+    needs,
+    options,
+    remember,
+    report,
+    sample,
+    save_trained,
+    train,
+    trainer_settings,
+    write_whole,
+)
 
 
 def with_adapters(model: Any, rank: int) -> Any:
@@ -71,7 +84,9 @@ def main() -> None:
     )
     before = measure(model, tokenizer, held, chosen.length)
     result = train(trainer, chosen.output)
-    write_whole(chosen.output / "adapter", lambda folder: trainer.save_model(str(folder)))
+    save_trained(trainer, chosen.output / "adapter")
+    if not is_main_process():
+        return
 
     device = next(model.parameters()).device
     reloaded = PeftModel.from_pretrained(load(chosen.model)[0], chosen.output / "adapter").to(device)

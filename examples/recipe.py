@@ -109,6 +109,8 @@ def trainer_settings(chosen: argparse.Namespace) -> dict[str, Any]:
         "lr_scheduler_type": "cosine",
         "warmup_steps": max(1, chosen.steps // 20),
         "bf16": torch.cuda.is_available(),
+        # Several processes on CPUs find one another only where this is said.
+        "use_cpu": not torch.accelerator.is_available(),
         "gradient_checkpointing": chosen.checkpointing,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "eval_strategy": "steps",
@@ -121,11 +123,18 @@ def trainer_settings(chosen: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def is_main_process() -> bool:
+    """The one of the processes that `accelerate launch` or `torchrun` started that writes files and reports."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def write_whole(target: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file or folder beside `target`, then put it in place.
+    """Let `write` fill a file or folder beside `target`, then put it in place; of several processes the main one does.
 
     A full disk or a kill in the middle leaves what was there before. Raises OSError that says so.
     """
+    if not is_main_process():
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(target.name + ".new")
     _remove(fresh)
@@ -148,6 +157,15 @@ def write_whole(target: Path, write: Callable[[Path], Any]) -> None:
         os.replace(fresh, target)
 
 
+def save_trained(trainer: Any, target: Path) -> None:
+    """Save what a Trainer trained to the folder `target`. All processes must call this: each may hold a part of it."""
+    if is_main_process():
+        write_whole(target, lambda folder: trainer.save_model(str(folder)))
+    else:
+        trainer.save_model(str(target))
+    trainer.accelerator.wait_for_everyone()
+
+
 def write_json(target: Path, content: Any) -> None:
     write_whole(target, lambda file: file.write_text(json.dumps(content, indent=1, default=str) + "\n"))
 
@@ -157,6 +175,8 @@ def remember(output: Path, settings: dict[str, Any], model: Any) -> None:
 
     Raises ValueError naming the first difference.
     """
+    if not is_main_process():
+        return
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     content = json.loads(json.dumps({"settings": settings, "config": config}, default=str))
     file = output / "settings.json"
@@ -176,13 +196,13 @@ def remember(output: Path, settings: dict[str, Any], model: Any) -> None:
 def last_checkpoint(output: Path) -> Path | None:
     """The newest whole checkpoint of a Trainer. Those cut in the middle are removed: they would stop a resume.
 
-    A Trainer writes trainer_state.json last.
+    A Trainer writes trainer_state.json last. Of several processes the main one removes.
     """
     found = None
     for folder in sorted(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2])):
         if _is_whole(folder):
             found = folder
-        else:
+        elif is_main_process():
             print(f"removed {folder}: it was cut in the middle of a save", file=sys.stderr)
             shutil.rmtree(folder)
     return found

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from corpus import CheckedCollator, read_sections, split_sections
-from recipe import load, needs, options, remember, report, train, trainer_settings, write_whole
+from recipe import is_main_process, load, needs, options, remember, report, save_trained, train, trainer_settings
 
 # An end token after every message; what stands between the generation marks is what the loss is taken of.
 TEMPLATE = (
@@ -94,7 +94,9 @@ def main() -> None:
     before = trainer.evaluate()["eval_loss"]
     result = train(trainer, chosen.output)
     result["held_out"] = {"before": before, "after": trainer.evaluate()["eval_loss"]}
-    write_whole(chosen.output / "model", lambda folder: trainer.save_model(str(folder)))
+    save_trained(trainer, chosen.output / "model")
+    if not is_main_process():
+        return
 
     saved, tokenizer = load(chosen.output / "model")
     saved.to(model.device)

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from corpus import batches, encode, held_out_loss, read_sections, split_sections, train_tokenizer
 from leet_hf import patch_model
-from recipe import ASSETS, TEXT, needs, write_json, write_whole
+from recipe import ASSETS, TEXT, needs, peak_memory, write_json, write_whole
 from reporting import plot_losses, write_model_card
 from small_minimax import make_config, residual_dropout
 
@@ -217,6 +217,7 @@ def run(settings: Settings, output: Path, device: torch.device) -> dict[str, Any
     tokens, held_out = encode(kept, tokenizer), encode(held, tokenizer)
     with residual_dropout(model, settings.dropout):
         result = train(model, tokens, held_out, settings, output / "checkpoint.pt", accelerator)
+    memory = peak_memory()
     if not accelerator.is_main_process:
         return {}
     save(model, tokenizer, output)
@@ -240,6 +241,7 @@ def run(settings: Settings, output: Path, device: torch.device) -> dict[str, Any
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         **result,
+        "peak_memory_gib": memory,
         "samples": write_samples(saved.eval(), tokenizer, 120 if settings.characters is None else 16),
     }
     write_json(output / "summary.json", summary)
@@ -281,6 +283,7 @@ def main() -> None:
     if not summary:  # this is not the process that reports
         return
     held = summary["held_out"]
+    print(f"{summary['seconds']:.0f} s, {summary['peak_memory_gib']:.2f} GiB on {summary['device']}")
     print(f"held-out loss {held['loss']:.4f} nats per token, perplexity {held['perplexity']:.2f}, in {output}")
     print("\n\n".join(summary["samples"]))
 

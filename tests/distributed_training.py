@@ -1,6 +1,9 @@
 """A few steps of a tiny patched model in several processes, by DDP and by FSDP2, to be compared with one process.
 
 accelerate launch --config_file examples/accelerate_configs/ddp.yaml tests/distributed_training.py FOLDER
+
+With ddp.yaml it trains by accelerate's DDP, then by PyTorch's own fully_shard; with fsdp2.yaml, which needs GPUs, by
+accelerate's FSDP2.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -38,6 +42,7 @@ def steps(model: Any, update: Callable[[torch.Tensor], None], rank: int = 0, ran
     losses = []
     for step in range(STEPS):
         rows = torch.tensor(tiny.prompts((TOKENS,) * BATCH, seed=step))[rank::ranks]
+        rows = rows.to(next(model.parameters()).device)
         loss = model(input_ids=rows, labels=rows, use_cache=False).loss
         update(loss)
         mean = loss.detach() / ranks
@@ -47,8 +52,14 @@ def steps(model: Any, update: Callable[[torch.Tensor], None], rank: int = 0, ran
     return losses
 
 
+def whole(model: Any) -> dict[str, torch.Tensor]:
+    """The state dict, shards put together; all processes take part."""
+    state = model.state_dict()
+    return {n: (v.full_tensor() if isinstance(v, DTensor) else v).detach().cpu() for n, v in state.items()}
+
+
 def by_accelerate(accelerator: Accelerator) -> tuple[Any, Result]:
-    """DDP where there are several processes."""
+    """DDP where there are several processes, or what the config that was launched says."""
     own = model()
     wrapped, stepped = accelerator.prepare(own, optimizer(own))
 
@@ -59,7 +70,7 @@ def by_accelerate(accelerator: Accelerator) -> tuple[Any, Result]:
         stepped.zero_grad()
 
     losses = steps(wrapped, update, accelerator.process_index, accelerator.num_processes)
-    return wrapped, ({name: value.detach() for name, value in own.state_dict().items()}, losses)
+    return wrapped, (whole(getattr(wrapped, "module", wrapped)), losses)
 
 
 def by_fsdp2(rank: int, ranks: int) -> Result:
@@ -78,19 +89,21 @@ def by_fsdp2(rank: int, ranks: int) -> Result:
         adam.zero_grad()
 
     losses = steps(own, update, rank, ranks)
-    state = own.state_dict()
-    return {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in state.items()}, losses
+    return whole(own), losses
 
 
 def main() -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    wrapped, ddp = by_accelerate(accelerator)
-    fsdp2 = by_fsdp2(accelerator.process_index, accelerator.num_processes)
+    wrapped, result = by_accelerate(accelerator)
+    kind = type(wrapped).__name__
+    if accelerator.distributed_type == DistributedType.FSDP:
+        results = {"fsdp2": (kind, result)}
+        assert all(isinstance(parameter, DTensor) for parameter in wrapped.parameters())
+    else:
+        sharded = by_fsdp2(accelerator.process_index, accelerator.num_processes)
+        results = {"ddp": (kind, result), "fully_shard": ("fully_shard", sharded)}
     if accelerator.is_main_process:
-        for name, kind, (weights, losses) in (
-            ("ddp", type(wrapped).__name__, ddp),
-            ("fsdp2", "fully_shard", fsdp2),
-        ):
+        for name, (kind, (weights, losses)) in results.items():
             tensors = {key: value.contiguous().clone() for key, value in weights.items()}
             metadata = {"kind": kind, "processes": str(accelerator.num_processes)}
             save_file(tensors | {"losses": torch.tensor(losses)}, Path(sys.argv[1]) / f"{name}.safetensors", metadata)
