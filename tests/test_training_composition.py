@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     DataCollatorForLanguageModeling,
     DataCollatorWithFlattening,
+    MiniMaxForCausalLM,
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -53,9 +56,17 @@ def flatten(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(rows)
 
 
-def trained(model: Any, folder: Path, collate: Callable[..., Any] = flatten, **changes: Any) -> tuple[Any, list[float]]:
+def trained(
+    model: Any,
+    folder: Path,
+    collate: Callable[..., Any] = flatten,
+    callbacks: list[TrainerCallback] | None = None,
+    **changes: Any,
+) -> tuple[Any, list[float]]:
     """The weights after a Trainer's run, and the losses it logged."""
-    trainer = Trainer(model, arguments(folder, **changes), data_collator=collate, train_dataset=ROWS)  # type: ignore[arg-type]
+    trainer = Trainer(
+        model, arguments(folder, **changes), data_collator=collate, train_dataset=ROWS, callbacks=callbacks,  # type: ignore[arg-type]
+    )  # fmt: skip
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {name: value.clone() for name, value in model.state_dict().items()}, losses
@@ -170,6 +181,29 @@ def test_evaluation_and_generation_while_training(tmp_path: Path) -> None:
     want = model.eval().generate(pad_right(held)["input_ids"], max_length=16, num_beams=2)
     # The trainer pads what is written to a length of its own.
     assert want.shape == (3, 16) and seen[-1][:, :16].tolist() == want.tolist() and not seen[-1][:, 16:].any()
+
+
+def test_saving_in_the_middle_disturbs_nothing(tmp_path: Path) -> None:
+    """save_pretrained after each step writes what stock loads and computes alike; the run ends as one without it."""
+    ids = torch.tensor([ROWS[0]["input_ids"]])
+    model = patch_model(all_experts("softmax-first"))
+    seen: list[torch.Tensor] = []
+
+    class Saves(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            with torch.no_grad():
+                seen.append(model(input_ids=ids, use_cache=False).logits)
+            model.save_pretrained(tmp_path / f"step-{state.global_step}")
+
+    got = trained(model, tmp_path, callbacks=[Saves()])
+    want = trained(patch_model(all_experts("softmax-first")), tmp_path)
+    assert got[1] == want[1] and all(torch.equal(got[0][name], value) for name, value in want[0].items())
+    assert len(seen) == 2 and not torch.equal(*seen)
+    for step, logits in enumerate(seen, 1):
+        stock: Any = AutoModelForCausalLM.from_pretrained(tmp_path / f"step-{step}", dtype=torch.float32)
+        assert type(stock) is MiniMaxForCausalLM
+        with torch.no_grad():
+            torch.testing.assert_close(stock(input_ids=ids, use_cache=False).logits, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_mlm_collator_of_transformers(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_minimax_in_bfloat16_ends_where_stock_ends(batches: list[list[torch.Tens
             assert ends[name][-1] < run[0] - 1
     spread = max(ends["stock"]) - min(ends["stock"])
     apart = [abs(one - other) for one, other in zip(ends["stock"], ends["patched"], strict=True)]
-    assert statistics.mean(apart) < spread, ends
+    assert max(apart) < spread, ends
 
 
 def test_retnet_trains_as_fla(batches: list[list[torch.Tensor]]) -> None:
