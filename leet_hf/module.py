@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from . import decay as formulas
 from .attend import attend
 from .cache import RecurrentLayer
+from .fused.norm import rms_norm, way_of
 from .fused.rotary import turned
 from .layer import fixed_log_decay
 from .shapes import RecurrentShape
+from .slots import calls_own
 from .upgrade import upgrade_layer
 from .versions import CACHE, cache_argument
 
@@ -29,6 +31,7 @@ FORMULAS: dict[str, Callable[..., formulas.LogDecays]] = {
     "retnet_language_model": formulas.retnet_language_model,
 }
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"swish": nn.functional.silu, "sigmoid": torch.sigmoid}
+KERNEL_GATES = {"swish": "silu", "sigmoid": "sigmoid", None: "linear"}  # in the words of `rms_norm`
 TEMPER = 16.0  # divides learned log decays: the gate_logit_normalizer of gated linear attention, arXiv 2312.06635
 
 
@@ -187,12 +190,27 @@ class DecayLinearAttention(nn.Module):
 
     def finish(self, o: Tensor, hidden_states: Tensor) -> Tensor:
         """The operator's output o [B, T, H, V] to the layer's output [B, T, hidden]."""
+        gate = None if self.gate_proj is None else self.gate_proj(hidden_states)
+        norm = self.norm
+        if type(norm) is nn.RMSNorm and calls_own(norm) and norm.weight.shape == o.shape[-1:]:
+            dtype = norm.weight.dtype if gate is None else torch.promote_types(norm.weight.dtype, gate.dtype)
+            if norm.eps is not None and way_of(self.method, dtype, o, norm.weight, gate) != "torch":
+                o = rms_norm(
+                    o, norm.weight,
+                    eps=norm.eps,
+                    gate=None if gate is None else gate.view(o.shape),
+                    activation=KERNEL_GATES[self.gate],
+                    each=False,
+                    dtype=dtype,
+                    method=self.method,
+                )  # fmt: skip
+                return self.out_proj(o.flatten(-2))
         if self.norm is not None:
             o = self.norm(o.to(self.norm.weight.dtype))  # under autocast they differ
         o = o.flatten(-2)
-        if self.gate_proj is not None:
+        if gate is not None:
             assert self.gate is not None
-            o = o * GATES[self.gate](self.gate_proj(hidden_states))
+            o = o * GATES[self.gate](gate)
         return self.out_proj(o)
 
     def extra_repr(self) -> str:

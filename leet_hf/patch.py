@@ -11,6 +11,7 @@ from torch import nn
 from leet_linear_attention import available_methods
 
 from .adapters import Adapter, adapters
+from .fused.norms import NormBinding, norm_forward, norms_of
 from .generation import GenerationBinding, RecurrentGeneration, install_generation, restore_generation
 from .host import HostBinding
 from .hosts.softmax import SoftmaxBinding
@@ -20,7 +21,7 @@ from .report import LayerReport, PatchReport
 from .slots import foreign_forward, has_entry, install_forward, meta_tensor, restore_forward
 
 Model = TypeVar("Model", bound=nn.Module)
-Binding = LayerBinding | SoftmaxBinding | HostBinding
+Binding = LayerBinding | SoftmaxBinding | HostBinding | NormBinding
 
 
 class UnsupportedModelError(ValueError):
@@ -36,6 +37,7 @@ class _Host:
     binding: HostBinding
     layers: list[tuple[str, nn.Module, LayerBinding]]
     softmax: list[tuple[str, nn.Module, SoftmaxBinding]]
+    norms: list[tuple[nn.Module, NormBinding]]
 
 
 def patch_model(model: Model, *, method: str = "auto", decode_graphs: bool = True) -> Model:
@@ -107,6 +109,8 @@ def patch_report(model: nn.Module) -> PatchReport:
         if _is_native(host.binding):
             state = "native: right as it is, nothing to patch"
         lines.append(f"{host.name or 'model'} ({type(host.module).__name__}): {state}")
+        if host.norms:
+            lines.append(f"norms: {len(host.norms)} {'fused' if patched else 'to be fused'} on CUDA")
         recurrent = {id(module): binding for _, module, binding in host.layers}
         adapted = {id(module) for _, module, _ in host.softmax}
         for index, (path, attention) in enumerate(host.binding.adapter.attentions(host.module)):
@@ -157,7 +161,7 @@ def _plan_host(name: str, base: nn.Module, adapter: Adapter, method: str) -> _Ho
     host: HostBinding | None = base.__dict__.get("_leet")
     if host is not None and all("_leet" in module.__dict__ for _, module in found):
         layers = [(path, module, module.__dict__["_leet"]) for path, module in found]
-        return _Host(name, base, host, layers, _plan_softmax(name, base, adapter))
+        return _Host(name, base, host, layers, _plan_softmax(name, base, adapter), norms_of(base))
     for path, module in found:
         _check_module(path, module, adapter.misfit(module))
     _check_module(name or "model", base, adapter.base_misfit(base))
@@ -172,7 +176,7 @@ def _plan_host(name: str, base: nn.Module, adapter: Adapter, method: str) -> _Ho
             )
         binding = module.__dict__.get("_leet") or _plan_layer(path, module, base, place, adapter, method)
         layers.append((path, module, binding))
-    return _Host(name, base, host or HostBinding(adapter, adapter.cache_spec(base)), layers, softmax)
+    return _Host(name, base, host or HostBinding(adapter, adapter.cache_spec(base)), layers, softmax, norms_of(base))
 
 
 def _plan_softmax(name: str, base: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Module, SoftmaxBinding]]:
@@ -267,6 +271,10 @@ def _apply(host: _Host, model: nn.Module, undo: list[Callable[[], None]]) -> Non
     if not _is_patched(base):
         undo.append(lambda: _restore(base))
         _install(base, adapter.base_forward, host.binding)
+    for norm, norm_bound in host.norms:
+        if not _is_patched(norm):
+            undo.append(lambda norm=norm: _restore(norm))  # type: ignore[misc]
+            _install(norm, norm_forward, norm_bound)
     for _, head in _heads(model, base):
         if not _is_patched(head):
             undo.append(lambda head=head: restore_generation(head))  # type: ignore[misc]
@@ -283,6 +291,8 @@ def _restore(module: nn.Module) -> None:
     binding = module.__dict__.pop("_leet", None)
     if isinstance(binding, SoftmaxBinding):
         restore_forward(module, binding.forward, binding.had_entry)
+    elif isinstance(binding, NormBinding):
+        restore_forward(module, norm_forward, binding.had_entry)
     elif binding is not None:
         adapter = binding.adapter
         function = adapter.layer_forward if isinstance(binding, LayerBinding) else adapter.base_forward
@@ -291,7 +301,7 @@ def _restore(module: nn.Module) -> None:
 
 def _is_native(binding: Binding) -> bool:
     """Whether a module has had its binding since it was made, with a forward of its own."""
-    return getattr(binding.adapter, "native", False)
+    return not isinstance(binding, NormBinding) and getattr(binding.adapter, "native", False)
 
 
 def _is_patched(module: nn.Module) -> bool:

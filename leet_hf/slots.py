@@ -49,6 +49,22 @@ def foreign_forward(module: nn.Module) -> str | None:
     return getattr(current, "__qualname__", None) or repr(current)
 
 
+def calls_only(module: nn.Module, function: Callable[..., Any]) -> bool:
+    """Whether calling the module is calling the function that `install_forward` put there, and nothing else."""
+    return _is_ours(module.__dict__.get("forward"), function) and not _is_watched(module)
+
+
+def calls_own(module: nn.Module) -> bool:
+    """Whether calling the module is calling its class's forward, and nothing else."""
+    return "forward" not in module.__dict__ and not _is_watched(module)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether hooks run around the module's forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or nn.modules.module._has_any_global_hook()
+
+
 def stored_tensor(module: nn.Module, name: str) -> Tensor:
     """A parameter or buffer of a module, from where accelerate keeps it if it is offloaded."""
     tensor: Tensor = getattr(module, name)

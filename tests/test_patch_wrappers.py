@@ -18,6 +18,7 @@ from leet_hf import (
     patch_report,
     unpatch_model,
 )
+from leet_hf.fused.norms import NormBinding, norm_forward
 from leet_hf.host import decoder_forward
 from leet_hf.layer import layer_forward
 from patching import IDS, lightning, outputs, same
@@ -55,7 +56,7 @@ def test_hooks_of_accelerate(order: str) -> None:
         for slot in ("forward", "_old_forward"):
             forward = ours.__dict__.get(slot)
             while forward is not None:
-                assert getattr(forward, "func", None) not in (layer_forward, decoder_forward)
+                assert getattr(forward, "func", None) not in (layer_forward, decoder_forward, norm_forward)
                 forward = getattr(forward, "__wrapped__", None)
 
 
@@ -89,7 +90,9 @@ def test_peft() -> None:
         assert patch_report(model).layers[0].name.endswith("model.layers.0.self_attn")
         ids = model.generate(input_ids=IDS, max_new_tokens=20, do_sample=False)
         assert torch.equal(ids, stock.generate(input_ids=IDS, max_new_tokens=20, do_sample=False, use_cache=False))
-        patched = [name for name, module in model.named_modules() if "_leet" in module.__dict__]
-        assert len(patched) == 5, "three layers, the base model and the model that generates"
+        bindings = [module.__dict__["_leet"] for module in model.modules() if "_leet" in module.__dict__]
+        norms = sum(isinstance(binding, NormBinding) for binding in bindings)
+        assert norms == 4 * 2 + 3 + 1, "two each layer, one in each of the recurrent ones, and the last"
+        assert len(bindings) - norms == 5, "three layers, the base model and the model that generates"
         merged = unpatch_model(model.merge_and_unload())
         assert all("_leet" not in module.__dict__ for module in merged.modules())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from .. import decay as formulas
+from ..fused.norms import gated_norm
 from ..fused.rotary import turned
 from ..hosts.bailing import bailing_forward, bailing_layer_forward
 from ..shapes import RecurrentShape, SoftmaxShape
@@ -136,7 +137,8 @@ class BailingAdapter(Adapter):
         return Projected(*turned(q, k, cos, sin, "rope_twice", method=layer._leet.method), v)
 
     def finish(self, layer: Any, o: Tensor, hidden_states: Tensor, rest: Any) -> Tensor:
-        return layer.dense(layer.g_norm(o.flatten(-2)) * torch.sigmoid(layer.g_proj(hidden_states)))
+        gate = layer.g_proj(hidden_states)
+        return layer.dense(gated_norm(layer.g_norm, o.flatten(-2), gate, "sigmoid", method=layer._leet.method))
 
 
 def _softmax_lacks(attention: nn.Module) -> str | None:

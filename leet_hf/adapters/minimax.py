@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import decay as formulas
 from ..fused.glu import activation_name
+from ..fused.norms import gated_norm
 from ..fused.silu_split import silu_split
 from ..host import LINEAR, decoder_forward
 from ..shapes import RecurrentShape, SoftmaxShape
@@ -85,5 +85,5 @@ class MiniMaxAdapter(Adapter):
         return Projected(q, k, v)
 
     def finish(self, layer: Any, o: Tensor, hidden_states: Tensor, rest: Any) -> Tensor:
-        gate = torch.sigmoid(layer.output_gate(hidden_states))
-        return layer.out_proj(gate * layer.norm(o.flatten(-2)))
+        gate = layer.output_gate(hidden_states)
+        return layer.out_proj(gated_norm(layer.norm, o.flatten(-2), gate, "sigmoid", method=layer._leet.method))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import decay as formulas
 from ..fused.glu import activation_name
+from ..fused.norms import gated_norm
 from ..fused.silu_split import silu_split
 from ..hosts.head import STRICT_HEAD_METHODS
 from ..hosts.lightning import Dialect, lightning_forward, lightning_layer_forward, softmax_in_context
@@ -111,7 +111,8 @@ class MiniMaxText01Adapter(Adapter):
         return Projected(q, k, v)
 
     def finish(self, layer: Any, o: Tensor, hidden_states: Tensor, rest: Any) -> Tensor:
-        return layer.out_proj(torch.sigmoid(layer.output_gate(hidden_states)) * layer.norm(o.flatten(-2)))
+        gate = layer.output_gate(hidden_states)
+        return layer.out_proj(gated_norm(layer.norm, o.flatten(-2), gate, "sigmoid", method=layer._leet.method))
 
 
 def _is_one_of(module: nn.Module, part: str) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import decay as formulas
+from ..fused.norms import gated_norm
 from ..fused.rotary import turned
 from ..hosts.head import HEAD_METHODS
 from ..hosts.lightning import (
@@ -126,6 +127,9 @@ class _LightningAdapter(Adapter):
 
     def finish(self, layer: Any, o: Tensor, hidden_states: Tensor, rest: Any) -> Tensor:
         o = o.flatten(-2)
+        if layer.use_output_norm and layer.use_output_gate:
+            gate = layer.z_proj(hidden_states)
+            return layer.o_proj(gated_norm(layer.o_norm, o, gate, "sigmoid", method=layer._leet.method))
         if layer.use_output_norm:
             o = layer.o_norm(o)
         if layer.use_output_gate:

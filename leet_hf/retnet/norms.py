@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..fused.norm import rms_norm, way_of
+
 
 class RetNetRMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dim. affine: whether there is a weight."""
@@ -16,6 +18,8 @@ class RetNetRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] == self.dim and way_of("auto", x.dtype, x, self.weight) != "torch":
+            return rms_norm(x, self.weight, eps=self.eps, each=False)
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = None if self.weight is None else self.weight.to(wide)
         return F.rms_norm(x.to(wide), (self.dim,), weight, self.eps).to(x.dtype)

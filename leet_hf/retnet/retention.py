@@ -9,17 +9,20 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..adapters.base import Projected
+from ..fused.norm import rms_norm, way_of
 from ..fused.rotary import turned
 from ..layer import LayerBinding, layer_forward
 from ..shapes import RecurrentShape
+from ..slots import calls_own
 from .adapter import RetNetAdapter
 from .configuration_retnet import RetNetConfig
-from .norms import NORMS
+from .norms import NORMS, RetNetRMSNorm
 from .positions import Positions, decay_sums
 from .projections import ScaledLinear
 
 # The norm of the heads has another name where flash-linear-attention fuses it with the gate.
 FUSED_GATES = ("swish", "silu")
+KERNEL_GATES = {"swish": "silu", "silu": "silu", "sigmoid": "sigmoid"}  # in the words of `rms_norm`
 
 
 class RetNetRetention(nn.Module):
@@ -78,18 +81,36 @@ class RetNetRetention(nn.Module):
 
     def finish(self, o: Tensor, hidden_states: Tensor, counts: Tensor) -> Tensor:
         """The operator's output o [B, T, H, V] (and the sum of scores) to the layer's [B, T, hidden]."""
-        o = self._rescaled(o.to(torch.promote_types(o.dtype, torch.float32)), counts)
-        o = (self.g_norm_swish_gate if hasattr(self, "g_norm_swish_gate") else self.g_norm)(o).flatten(-2)
-        if self.config.use_output_gate:
-            o = o * self.gate_fn(self.g_proj(hidden_states).to(o.dtype))
+        config, wide = self.config, torch.promote_types(o.dtype, torch.float32)
+        norm = self.g_norm_swish_gate if hasattr(self, "g_norm_swish_gate") else self.g_norm
+        gate = self.g_proj(hidden_states) if config.use_output_gate else None
+        if config.retention_scale != "none":
+            o = self._rescaled(o.to(wide), counts)
+        if self._fuses(norm, o, gate, hidden_states.dtype):
+            o = rms_norm(
+                o, norm.weight,
+                eps=norm.eps,
+                gate=None if gate is None else gate.unflatten(-1, (-1, config.value_dim)),
+                activation=KERNEL_GATES[config.gate_activation],
+                each=False,
+                dtype=hidden_states.dtype,
+                method=self._leet.method,
+            ).flatten(-2)  # fmt: skip
+            return self.o_proj(o)
+        o = norm(o.to(wide)).flatten(-2)
+        if gate is not None:
+            o = o * self.gate_fn(gate.to(o.dtype))
         return self.o_proj(o.to(hidden_states.dtype))
+
+    def _fuses(self, norm: nn.Module, o: Tensor, gate: Tensor | None, dtype: torch.dtype) -> bool:
+        """Whether one kernel does norm, gate and casts: its norm and gate are these, and nothing else acts on them."""
+        if type(norm) is not RetNetRMSNorm or not calls_own(norm) or self.config.gate_activation not in KERNEL_GATES:
+            return False
+        return way_of(self._leet.method, dtype, o, norm.weight, gate) != "torch"
 
     def _rescaled(self, o: Tensor, counts: Tensor) -> Tensor:
         """o divided as torchscale does before the norm, without gradients; only the norm's eps can tell."""
-        kind = self.config.retention_scale
-        if kind == "none":
-            return o
         log_decay = self._leet.log_decay(o)
         assert log_decay is not None
         o = o * decay_sums(counts, log_decay).rsqrt()
-        return o if kind == "decay" else o[..., :-1] / o[..., -1:].detach().abs().clamp(min=1)
+        return o if self.config.retention_scale == "decay" else o[..., :-1] / o[..., -1:].detach().abs().clamp(min=1)
