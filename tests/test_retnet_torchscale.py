@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+import test_training_convergence as convergence
 from hosts.torchscale_retnet import randomized
 from leet_hf.retnet import RetNetForCausalLM
 from leet_hf.retnet.convert import convert, plan_conversion
@@ -90,3 +92,17 @@ def test_recurrent_form(options: dict[str, Any], package: Any) -> None:
         out = ours(ids[:, step : step + 1], **{CACHE: cache}, use_cache=True)
         cache = cache_of(out)
         torch.testing.assert_close(out.logits[:, -1], want, rtol=0, atol=TOLERANCE)
+
+
+def test_training(package: Any, tmp_path: Path) -> None:
+    """50 steps on the same batches; with the eps of the other runs of training, whose comment says why."""
+    source, config = made(package, activation_fn="swish", layernorm_eps=convergence.NORM_EPS)
+    torch.save(source.state_dict(), tmp_path / "retnet.pt")
+    convert(tmp_path / "retnet.pt", tmp_path / "new", config=config)
+    ours = RetNetForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
+
+    def next_token(model: Any, ids: Tensor) -> Tensor:
+        return cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    batches = [convergence.batch_of(step, 0, config.vocab_size) for step in range(convergence.STEPS)]
+    convergence.near(convergence.losses(ours, batches), convergence.losses(source, batches, next_token))
