@@ -52,8 +52,17 @@ def test_gated_far_out(activation: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "packed", "odd", "heads first"])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        ("contiguous", torch.float32),
+        ("contiguous", torch.bfloat16),
+        ("packed", torch.float16),
+        ("odd", torch.bfloat16),
+        ("heads first", torch.float32),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("heads", "dim"), [(2, 8), (3, 20)])
 def test_silu_split(heads: int, dim: int, layout: str, dtype: torch.dtype) -> None:
     """layout: of the gradients, as autograd hands them over, and of the projection."""

@@ -13,7 +13,7 @@ from ..fused.rotary import turned
 from ..shapes import SoftmaxShape
 from ..versions import cache_argument
 from .configuration_retnet import RetNetConfig
-from .positions import Positions, rotary_angles, rotary_tables
+from .positions import Positions, softmax_tables
 
 
 class RetNetAttention(nn.Module):
@@ -25,8 +25,9 @@ class RetNetAttention(nn.Module):
         """spec: one entry of `config.attn`, with all its keys."""
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        heads, kv_heads, self.theta = spec["num_heads"], spec["num_kv_heads"], spec["rope_theta"]
+        heads, kv_heads = spec["num_heads"], spec["num_kv_heads"]
         self.head_dim = config.hidden_size // heads
+        self.turns = self.head_dim, float(spec["rope_theta"])  # what its rotary tables depend on
         self.num_key_value_groups = heads // kv_heads
         self.scaling = self.head_dim**-0.5
         self.cache_shape = SoftmaxShape(kv_heads, self.head_dim)
@@ -39,7 +40,7 @@ class RetNetAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: Positions,
+        position_embeddings: Positions | None,
         position_ids: Tensor,
         attention_mask: Any = None,
         past_key_values: Any = None,
@@ -47,8 +48,8 @@ class RetNetAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, T, hidden] to (the same, attention weights where the implementation gives them)."""
-        angles = rotary_angles(self.head_dim, self.theta, "rope", hidden_states.device)
-        cos, sin = rotary_tables(position_ids, angles, hidden_states.dtype)
+        tables = None if position_embeddings is None else position_embeddings.softmax.get(self.turns)
+        cos, sin = softmax_tables(*self.turns, position_ids, hidden_states) if tables is None else tables
         q, k, v = (
             proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )

@@ -24,7 +24,7 @@ from .attention import RetNetAttention
 from .blocks import RetNetBlock
 from .configuration_retnet import RetNetConfig
 from .norms import NORMS
-from .positions import Positions, rotary_angles, rotary_tables
+from .positions import Positions, rotary_angles, rotary_tables, softmax_tables
 from .projections import ScaledLinear
 from .retention import RetNetRetention
 
@@ -113,7 +113,8 @@ class RetNetModel(RetNetPreTrainedModel):
         hidden_states = self._embedded(ready.hidden_states)
         angles = rotary_angles(config.key_dim, config.rope_theta, config.position_embedding, hidden_states.device)
         cos, sin = rotary_tables(ready.position_ids, angles, hidden_states.dtype)
-        positions = Positions(cos, sin, sequence_positions(ready.position_ids, ready.arguments.get("seq_idx")))
+        counts = sequence_positions(ready.position_ids, ready.arguments.get("seq_idx"))
+        positions = Positions(cos, sin, counts, self._softmax_tables(ready.position_ids, hidden_states))
         for layer, kind in zip(self.layers, layer_types, strict=False):  # fewer kinds than layers: early exit
             hidden_states = layer(
                 hidden_states,
@@ -127,6 +128,11 @@ class RetNetModel(RetNetPreTrainedModel):
         if self.norm is not None:
             hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: ready.cache})
+
+    def _softmax_tables(self, position_ids: Tensor, like: Tensor) -> dict[tuple[int, float], tuple[Tensor, Tensor]]:
+        """cos and sin for every kind of softmax layer, which would otherwise be made again in each of them."""
+        kinds = {layer.attn.turns for layer in self.layers if isinstance(layer.attn, RetNetAttention)}
+        return {kind: softmax_tables(*kind, position_ids, like) for kind in sorted(kinds)}
 
     def _embedded(self, embeds: Tensor) -> Tensor:
         """What torchscale does to embeddings: scale, norm, dropout, each where the config asks for it."""
