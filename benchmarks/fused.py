@@ -1,0 +1,130 @@
+"""Fused kernels around the operator against the torch formulas they stand for, and against their bytes at copy speed.
+
+python benchmarks/fused.py [--quick] [--no-peers] [--output FOLDER]
+
+Every time is of a CUDA graph. A few rows are those of a decode step: many calls in one graph, whose inputs stay in the
+cache. Thousands of rows are a prefill: one call, after the cache was flushed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from common import copy_bandwidth, options, require_cuda, table, timed_graph, timed_host, write
+from torch import Tensor
+
+from leet_hf.fused.norm import rms_norm
+
+FEW = 256  # rows of a decode step, at the most
+EPS = 1e-6
+
+
+class Case(NamedTuple):
+    """A kernel at one shape. inputs: what has gradients. ours, peer: the same function of them."""
+
+    kernel: str
+    shape: str
+    rows: int
+    inputs: tuple[Tensor, ...]
+    ours: Callable[..., Tensor]
+    peer: Callable[..., Tensor]
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def minimax_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """As transformers computes it."""
+    wide = x.to(torch.float32)
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def minimax_gated(x: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+    return torch.sigmoid(gate) * minimax_norm(x, weight)
+
+
+def retnet_gated(x: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+    """In float32, rounded once, as RetNet is computed without kernels."""
+    normed = F.rms_norm(x.float(), x.shape[-1:], weight.float(), EPS)
+    return (normed * F.silu(gate.float())).to(x.dtype)
+
+
+def ours_gated(x: Tensor, weight: Tensor, gate: Tensor, activation: str, each: bool) -> Tensor:
+    return rms_norm(x, weight, gate=gate, activation=activation, each=each, eps=EPS)
+
+
+def norms() -> Iterator[Case]:
+    """Norms of a hidden state, of a layer's output with its gate, and of each head."""
+    for rows, dim in ((1, 2048), (64, 2048), (8192, 2048), (8192, 4096)):
+        x, weight, gate = normal(rows, dim), normal(dim), normal(rows, dim)
+        shape = f"{rows} x {dim}"
+        yield Case("norm", shape, rows, (x, weight), partial(rms_norm, eps=EPS), minimax_norm)
+        gated = partial(ours_gated, activation="sigmoid", each=True)
+        yield Case("norm, sigmoid gate", shape, rows, (x, weight, gate), gated, minimax_gated)
+        heads = (rows, dim // 512, 512)
+        inputs = (x.view(heads), weight[:512], gate.view(heads))
+        gated = partial(ours_gated, activation="silu", each=False)
+        yield Case("norm of heads, swish gate", f"{rows} x {dim // 512} x 512", rows, inputs, gated, retnet_gated)
+
+
+CASES: list[Callable[[], Iterator[Case]]] = [norms]
+
+
+def floors(case: Case, out: Tensor, bandwidth: float) -> tuple[float, float]:
+    """Microseconds of the bytes of forward, and of forward with backward: each tensor moved once by each of both."""
+    read, written = (sum(t.nbytes for t in tensors) for tensors in (case.inputs, (out,)))
+    forward, backward = read + written, 2 * read + written
+    return forward / bandwidth * 1e6, (forward + backward) / bandwidth * 1e6
+
+
+def measure(case: Case, bandwidth: float, peers: bool) -> dict[str, Any]:
+    leaves = tuple(t.detach().requires_grad_() for t in case.inputs)
+    out = case.ours(*case.inputs)  # and the kernel is compiled
+    dout = torch.randn_like(out)
+    error = (out.float() - case.peer(*case.inputs).float()).norm() / out.float().norm()
+    if not error <= 1e-2:
+        raise RuntimeError(f"{case.kernel} at {case.shape} differs from its formula by {error:.2g}")
+    calls = 50 if case.rows <= FEW else 1
+    row: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape}
+    row["floor us"], row["both floor us"] = floors(case, out, bandwidth)
+
+    def both(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(*leaves), leaves, dout)
+
+    for name, function in (("", case.ours), ("torch ", case.peer)) if peers else (("", case.ours),):
+        forward = timed_graph(partial(function, *case.inputs), calls)
+        backward = timed_graph(partial(both, function), calls)
+        row[f"{name}spread us"] = {key: value * 1e3 for key, value in forward.items()}
+        row[f"{name}both spread us"] = {key: value * 1e3 for key, value in backward.items()}
+        row[f"{name}us"], row[f"{name}both us"] = forward["median"] * 1e3, backward["median"] * 1e3
+        if case.rows <= FEW:
+            row[f"{name}host us"] = timed_host(partial(function, *case.inputs))["median"] * 1e3
+    if peers:
+        row["x torch"], row["both x torch"] = row["torch us"] / row["us"], row["torch both us"] / row["both us"]
+    return row
+
+
+def main() -> None:
+    chosen = options(__doc__, quick="the first shape of each family, no peers").parse_args()
+    require_cuda()
+    bandwidth = copy_bandwidth()
+    rows: list[dict[str, Any]] = []
+    for family in CASES:
+        for case in family():
+            rows.append(measure(case, bandwidth, not (chosen.quick or chosen.no_peers)))
+            path = write("fused", {"copy_bytes_per_second": bandwidth, "rows": rows}, chosen.output)
+            if chosen.quick:
+                break
+    columns = ["kernel", "shape", "us", "torch us", "x torch", "floor us", "host us", "torch host us"]
+    columns += ["both us", "torch both us", "both x torch", "both floor us"]
+    print(table(rows, [c for c in columns if any(c in r for r in rows)]))
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
