@@ -42,21 +42,37 @@ def rms_norm(
     """
     _check(x, weight, gate, activation)
     dtype = result_dtype(x, weight, gate, each) if dtype is None else dtype
-    way = way_of(method, dtype, x, weight, gate)
+    return run(way_of(method, dtype, x, weight, gate), x, weight, gate, eps, activation, each, dtype)
+
+
+def run(
+    way: str,
+    x: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    activation: str,
+    each: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`rms_norm` of arguments that fit, the way that `way_of` gave for them."""
     if way == "torch":
         return _by_formula(x, weight, gate, eps, activation, each, dtype)
     if way == "operator":
         return torch.ops.leet_hf.rms_norm(x, weight, gate, eps, activation, each, dtype)
-    if wants_gradient(*(t for t in (x, weight, gate) if t is not None)):
+    if wants_gradient(*[t for t in (x, weight, gate) if t is not None]):
         return _Normed.apply(x, weight, gate, eps, activation, each, dtype)
     return _norm(x, weight, gate, eps, activation, each, dtype)
 
 
 def way_of(method: str, dtype: torch.dtype, x: Tensor, *others: Tensor | None) -> str:
     """As `leet_hf.fused.route`, for `rms_norm` of these tensors to this dtype: the kernels do not take everything."""
-    there = [t for t in others if t is not None]
-    if x.shape[-1] > MOST or dtype not in NARROW or any(t.dtype not in NARROW or t.device != x.device for t in there):
+    if x.shape[-1] > MOST or dtype not in NARROW:
         return "torch"
+    there = [t for t in others if t is not None]
+    for t in there:
+        if t.dtype not in NARROW or t.device != x.device:
+            return "torch"
     return route(method, x, *there)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..slots import calls_only, foreign_forward
-from .norm import ACTIVATIONS, rms_norm, way_of
+from .norm import ACTIVATIONS, result_dtype, run, way_of
 
 # What a trial of a class's forward is made in: dtypes of the input and of the weight.
 TRIALS = (
@@ -80,7 +80,7 @@ def _rounding(forward: Callable[..., Any], grouped: bool) -> bool | None:
                 got = forward(stand_in, x)
             except Exception:  # it needs more than such a norm has, whatever it says about that
                 return None
-            wanted = [_formula(x, stand_in.weight, eps, groups, each) for each in possible]
+            wanted = [_run("torch", x, stand_in.weight, eps, NormBinding(each, groups)) for each in possible]
             possible = [
                 each
                 for each, want in zip(possible, wanted, strict=True)
@@ -89,29 +89,12 @@ def _rounding(forward: Callable[..., Any], grouped: bool) -> bool | None:
     return possible[0] if possible else None
 
 
-def _formula(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    groups: int,
-    each: bool,
-    gate: Tensor | None = None,
-    activation: str = "linear",
-    method: str = "torch",
-) -> Tensor:
-    dtype = None if each or gate is None else torch.promote_types(x.dtype, gate.dtype)
-    if groups > 1:
-        x, weight = x.unflatten(-1, (groups, -1)), weight.unflatten(0, (groups, -1))
-        gate = None if gate is None else gate.unflatten(-1, (groups, -1))
-    out = rms_norm(x, weight, eps=eps, gate=gate, activation=activation, each=each, dtype=dtype, method=method)
-    return out.flatten(-2) if groups > 1 else out
-
-
 def norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """Replaces the forward of an RMSNorm: the kernel on CUDA, its class's own forward anywhere else."""
     weight, binding = self.weight, self._leet
-    if _runs_kernel("auto", hidden_states, weight):
-        return _formula(hidden_states, weight, self.variance_epsilon, binding.groups, binding.each, method="auto")
+    way = _way("auto", hidden_states, weight)
+    if way != "torch":
+        return _run(way, hidden_states, weight, self.variance_epsilon, binding)
     return type(self).forward(self, hidden_states)
 
 
@@ -124,14 +107,34 @@ def gated_norm(norm: nn.Module, x: Tensor, gate: Tensor, activation: str, *, met
     binding = norm.__dict__.get("_leet")
     if isinstance(binding, NormBinding) and calls_only(norm, norm_forward) and x.shape == gate.shape:
         weight: Any = norm.weight
-        if _runs_kernel(method, x, weight, gate):
+        way = _way(method, x, weight, gate)
+        if way != "torch":
             eps: Any = norm.variance_epsilon
-            return _formula(x, weight, eps, binding.groups, binding.each, gate, activation, method)
+            return _run(way, x, weight, eps, binding, gate, activation)
     return ACTIVATIONS[activation](gate) * norm(x)
 
 
-def _runs_kernel(method: str, x: Tensor, weight: Tensor, *others: Tensor) -> bool:
-    """Whether the kernel takes these, and the weight is for x's last dim: not sharded, say."""
+def _way(method: str, x: Tensor, weight: Tensor, gate: Tensor | None = None) -> str:
+    """As `way_of`; "torch" also where the weight is not for x's last dim: it is sharded, say."""
     if x.dim() == 0 or weight.shape != x.shape[-1:]:
-        return False
-    return way_of(method, x.dtype, x, weight, *others) != "torch"
+        return "torch"
+    return way_of(method, x.dtype, x, weight, gate)
+
+
+def _run(
+    way: str,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    binding: NormBinding,
+    gate: Tensor | None = None,
+    activation: str = "linear",
+) -> Tensor:
+    each, groups = binding.each, binding.groups
+    # A norm that is rounded once gives x's dtype; what the gate makes of it is torch's rule again.
+    dtype = result_dtype(x, weight if each else None, gate, True)
+    if groups == 1:
+        return run(way, x, weight, gate, eps, activation, each, dtype)
+    x, weight = x.unflatten(-1, (groups, -1)), weight.unflatten(0, (groups, -1))
+    gate = None if gate is None else gate.unflatten(-1, (groups, -1))
+    return run(way, x, weight, gate, eps, activation, each, dtype).flatten(-2)
