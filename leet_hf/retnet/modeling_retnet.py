@@ -24,7 +24,7 @@ from .attention import RetNetAttention
 from .blocks import RetNetBlock
 from .configuration_retnet import RetNetConfig
 from .norms import NORMS
-from .positions import Positions, rotary_angles, rotary_tables, softmax_tables
+from .positions import Positions, decay_sums, rotary_angles, rotary_tables, softmax_tables
 from .projections import ScaledLinear
 from .retention import RetNetRetention
 
@@ -114,7 +114,8 @@ class RetNetModel(RetNetPreTrainedModel):
         angles = rotary_angles(config.key_dim, config.rope_theta, config.position_embedding, hidden_states.device)
         cos, sin = rotary_tables(ready.position_ids, angles, hidden_states.dtype)
         counts = sequence_positions(ready.position_ids, ready.arguments.get("seq_idx"))
-        positions = Positions(cos, sin, counts, self._softmax_tables(ready.position_ids, hidden_states))
+        shrink = self._shrink(counts, hidden_states)
+        positions = Positions(cos, sin, shrink, self._softmax_tables(ready.position_ids, hidden_states))
         for layer, kind in zip(self.layers, layer_types, strict=False):  # fewer kinds than layers: early exit
             hidden_states = layer(
                 hidden_states,
@@ -128,6 +129,14 @@ class RetNetModel(RetNetPreTrainedModel):
         if self.norm is not None:
             hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: ready.cache})
+
+    def _shrink(self, counts: Tensor, like: Tensor) -> Tensor | None:
+        """What torchscale rescales outputs of retention by, at positions [B, T] of their sequences; decays are those of
+        any layer."""
+        if self.config.retention_scale == "none":
+            return None
+        decays = [layer.attn._leet.log_decay(like) for layer in self.layers if isinstance(layer.attn, RetNetRetention)]
+        return decay_sums(counts, decays[0]).rsqrt() if decays and decays[0] is not None else None
 
     def _softmax_tables(self, position_ids: Tensor, like: Tensor) -> dict[tuple[int, float], tuple[Tensor, Tensor]]:
         """cos and sin for every kind of softmax layer, which would otherwise be made again in each of them."""

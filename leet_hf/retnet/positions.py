@@ -9,13 +9,15 @@ from torch import Tensor
 
 
 class Positions(NamedTuple):
-    """What the layers of one forward share: cos and sin, float [B, T, 1, D / 2] (B may be 1); counts: the positions
-    [B, T] counted from the beginning of each sequence; softmax: cos and sin of softmax layers, by head size and theta.
+    """What the layers of one forward share, made once for all of them.
+
+    cos, sin: float [B, T, 1, D / 2] (B may be 1). shrink: `decay_sums^-1/2`, float [B, T, H, 1], where outputs of
+    retention are rescaled by it, else None. softmax: cos and sin of softmax layers, by head size and theta.
     """
 
     cos: Tensor
     sin: Tensor
-    counts: Tensor
+    shrink: Tensor | None
     softmax: dict[tuple[int, float], tuple[Tensor, Tensor]]
 
 

@@ -17,7 +17,7 @@ from ..slots import calls_own
 from .adapter import RetNetAdapter
 from .configuration_retnet import RetNetConfig
 from .norms import NORMS, RetNetRMSNorm
-from .positions import Positions, decay_sums
+from .positions import Positions
 from .projections import ScaledLinear
 
 # The norm of the heads has another name where flash-linear-attention fuses it with the gate.
@@ -77,15 +77,15 @@ class RetNetRetention(nn.Module):
         q, k = turned(q, k, positions.cos, positions.sin, config.position_embedding, method=self._leet.method)
         if config.retention_scale == "score":
             v = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)  # its output is the sum of the scores
-        return Projected(q, k, v, rest=positions.counts)
+        return Projected(q, k, v, rest=positions.shrink)
 
-    def finish(self, o: Tensor, hidden_states: Tensor, counts: Tensor) -> Tensor:
+    def finish(self, o: Tensor, hidden_states: Tensor, shrink: Tensor | None) -> Tensor:
         """The operator's output o [B, T, H, V] (and the sum of scores) to the layer's [B, T, hidden]."""
         config, wide = self.config, torch.promote_types(o.dtype, torch.float32)
         norm = self.g_norm_swish_gate if hasattr(self, "g_norm_swish_gate") else self.g_norm
         gate = self.g_proj(hidden_states) if config.use_output_gate else None
-        if config.retention_scale != "none":
-            o = self._rescaled(o.to(wide), counts)
+        if shrink is not None:
+            o = self._rescaled(o, shrink)
         if self._fuses(norm, o, gate, hidden_states.dtype):
             o = rms_norm(
                 o, norm.weight,
@@ -108,9 +108,7 @@ class RetNetRetention(nn.Module):
             return False
         return way_of(self._leet.method, dtype, o, norm.weight, gate) != "torch"
 
-    def _rescaled(self, o: Tensor, counts: Tensor) -> Tensor:
-        """o divided as torchscale does before the norm, without gradients; only the norm's eps can tell."""
-        log_decay = self._leet.log_decay(o)
-        assert log_decay is not None
-        o = o * decay_sums(counts, log_decay).rsqrt()
+    def _rescaled(self, o: Tensor, shrink: Tensor) -> Tensor:
+        """o in float32, divided as torchscale does before the norm, without gradients; only the norm's eps can tell."""
+        o = o * shrink
         return o if self.config.retention_scale == "decay" else o[..., :-1] / o[..., -1:].detach().abs().clamp(min=1)
