@@ -13,7 +13,7 @@ from torch import Tensor
 import tiny
 import tiny_retnet
 from fused_cases import DTYPES, with_gradients
-from leet_hf import patch_model, unpatch_model
+from leet_hf import DecayLinearAttention, patch_model, unpatch_model
 from leet_hf.fused import norm as functions
 from leet_hf.fused.norm import rms_norm
 from leet_hf.fused.norms import NormBinding
@@ -161,6 +161,29 @@ def test_gradients_of_stock() -> None:
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_hooks_still_run() -> None:
+    model = patch_model(tiny.model()).cuda()
+    seen: list[str] = []
+    names = ["model.norm", "model.layers.0.self_attn.norm", "model.layers.1.input_layernorm"]
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    with torch.no_grad():
+        model(IDS.cuda(), use_cache=False)
+    assert sorted(seen) == sorted(names)
+
+
+@pytest.mark.parametrize("gate", ["swish", "sigmoid", None])
+def test_decay_linear_attention(gate: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = DecayLinearAttention(256, 4, gate=gate, value_dim=96).cuda()
+    x, out = (torch.randn(2, 50, 256, device="cuda") for _ in range(2))
+    torch.nn.init.normal_(layer.norm.weight)
+    calls = Calls(monkeypatch)
+    got = with_gradients(lambda x: (layer(x)[0],), (x,), (out,))
+    monkeypatch.setattr(functions, "route", lambda *_: "torch")
+    want = with_gradients(lambda x: (layer(x)[0],), (x,), (out,))
+    assert calls.count == 1 and all(relative_error(a, b) <= 1e-5 for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("kind", tiny_retnet.KINDS)
