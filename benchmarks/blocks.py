@@ -15,15 +15,11 @@ import torch
 from common import copy_bandwidth, options, require_cuda, table, timed, write
 
 from leet_linear_attention.triton.launch import Operands, Sweep, Terms, chunk_slots
-from leet_linear_attention.triton.tuning import OutputsConfig, SweepConfig
-from leet_linear_attention.triton.wide import Wide
+from leet_linear_attention.triton.tuning import SweepConfig
 
 # (chunk, rows, columns, warps, stages)
 D128 = [(64, 128, 64, 4, 3), (64, 128, 64, 4, 2), (64, 128, 64, 8, 3), (64, 128, 128, 8, 2), (64, 128, 128, 8, 3)]
 WIDE = [(64, 256, 64, 8, 2), (64, 256, 64, 8, 1), (64, 256, 32, 8, 2), (64, 128, 64, 4, 3), (32, 256, 64, 8, 3)]
-WALK = [(64, 128, 128, 8, 3), (64, 128, 128, 8, 2), (64, 64, 128, 4, 3), (64, 128, 64, 4, 3)]
-# (rows, numbers of a row at once, columns, keys, warps, stages)
-OUTPUTS = [(128, 256, 128, 64, 8, 2), (128, 256, 256, 64, 8, 1), (64, 256, 128, 64, 4, 2), (128, 128, 128, 64, 8, 3)]
 TERMS = [(64, 128, 64, 8, 2), (64, 128, 64, 4, 2), (64, 128, 64, 8, 1)]
 
 
@@ -39,12 +35,11 @@ class Pass:
     decay: int = 1
     reverse: bool = False
     terms: bool = False
-    part: str = ""  # of a pass over wide heads: "states", "outputs" or, of exchanged states, "outputs exchanged"
 
     def __str__(self) -> str:
         kind = ("no decay", "per head", "per token")[self.decay]
         way = " backward" if self.reverse else ""
-        more = " with terms" if self.terms else f", {self.part}" if self.part else ""
+        more = " with terms" if self.terms else ""
         return f"B{self.batch} T{self.tokens} H{self.heads} X{self.x} Y{self.y} {kind}{way}{more}"
 
 
@@ -53,18 +48,14 @@ TRIALS = {
     Pass(4, 8192, 32, 128, 128, reverse=True): D128[:2],
     Pass(4, 8192, 32, 128, 128, decay=2): D128[:4],
     Pass(4, 8192, 32, 128, 128, decay=2, reverse=True, terms=True): TERMS,
-    Pass(2, 4096, 8, 256, 512): WIDE[:1],
-    Pass(2, 4096, 8, 256, 512, part="states"): WALK,
-    Pass(2, 4096, 8, 256, 512, reverse=True, part="states"): WALK[:1],
-    Pass(2, 4096, 8, 256, 512, part="outputs"): OUTPUTS,
-    Pass(2, 4096, 8, 512, 256, part="outputs"): OUTPUTS,
-    Pass(2, 4096, 8, 512, 256, reverse=True, part="outputs exchanged"): OUTPUTS[:1],
+    Pass(2, 4096, 8, 256, 512): WIDE,
+    Pass(2, 4096, 8, 512, 256, reverse=True): WIDE,
     Pass(4, 8192, 32, 64, 64): [(64, 64, 64, 4, 3), (64, 64, 64, 4, 2), (128, 64, 64, 8, 2), (128, 64, 64, 4, 2)],
 }
 
 
-def runner(trial: Pass, block: tuple[int, ...], tokens: int) -> Any:
-    """A function that runs the pass once, over ``tokens`` tokens, with a block shape."""
+def runner(trial: Pass, config: SweepConfig, tokens: int) -> Any:
+    """A function that runs the pass once, over ``tokens`` tokens."""
     batch, heads = trial.batch, trial.heads
 
     def normal(width: int) -> torch.Tensor:
@@ -74,14 +65,6 @@ def runner(trial: Pass, block: tuple[int, ...], tokens: int) -> Any:
     if trial.decay:
         decay = -torch.rand((batch, tokens, heads) if trial.decay == 2 else (heads,), device="cuda") * 0.3
     x = Operands(normal(trial.x), normal(trial.x), normal(trial.y), decay, None)
-    if trial.part == "states":
-        walk = Wide(x, heads, reverse=trial.reverse, walk=SweepConfig(*block))
-        return lambda: walk.states(x, None)
-    if trial.part:
-        wide = Wide(x, heads, reverse=trial.reverse, outputs=OutputsConfig(*block))
-        kept, _ = wide.states(x, None)
-        return lambda: wide.outputs(x, kept, exchanged=trial.part.endswith("exchanged"))
-    config = SweepConfig(*block)
     sweep = Sweep(x, heads, reverse=trial.reverse, config=config)
     if not trial.terms:
         return lambda: sweep.run(x, None)
@@ -94,7 +77,7 @@ def runner(trial: Pass, block: tuple[int, ...], tokens: int) -> Any:
 def compile_one(trial: Pass, block: tuple[int, ...]) -> None:
     """Leaves the compiled kernel in Triton's cache on disk."""
     try:
-        runner(trial, block, 256)()
+        runner(trial, SweepConfig(*block), 256)()
     except Exception as error:
         print(f"{trial} {block}: {error}"[:300], flush=True)
 
@@ -102,9 +85,9 @@ def compile_one(trial: Pass, block: tuple[int, ...]) -> None:
 @torch.no_grad()
 def measure(trial: Pass, block: tuple[int, ...], bandwidth: float) -> dict[str, Any]:
     """Milliseconds of one pass with a block shape, and the fraction of reading and writing each tensor once."""
-    row: dict[str, Any] = {"pass": str(trial), "block shape": str(block)}
+    row: dict[str, Any] = {"pass": str(trial), "chunk, rows, columns, warps, stages": str(block)}
     try:
-        row["spread"] = timed(runner(trial, block, trial.tokens))
+        row["spread"] = timed(runner(trial, SweepConfig(*block), trial.tokens))
     except Exception as error:
         return row | {"why not": str(error)[:80]}
     row["ms"] = row["spread"]["median"]
@@ -127,7 +110,7 @@ def main() -> None:
     for trial, block in trials:
         rows.append(measure(trial, block, bandwidth))
         torch.cuda.empty_cache()
-    columns = ["pass", "block shape", "ms", "of floor %", "why not"]
+    columns = ["pass", "chunk, rows, columns, warps, stages", "ms", "of floor %", "why not"]
     print(table(rows, columns))
     print(f"wrote {write('blocks', {'copy_bytes_per_second': bandwidth, 'rows': rows}, chosen.output)}")
 

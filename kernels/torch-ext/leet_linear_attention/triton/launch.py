@@ -77,7 +77,7 @@ class Sweep:
 
     like: operands of that form; none of them is kept. heads: H. reverse: whether it runs backward in time. transposed:
     states in memory are [Y, X], as when keys and values have exchanged their places. whole: never cut in time. config:
-    block shapes other than the table's. block: tokens, a multiple of the chunk, between the states that `walk` leaves.
+    block shapes other than the table's.
     """
 
     def __init__(
@@ -90,7 +90,6 @@ class Sweep:
         transposed: bool = False,
         whole: bool = False,
         config: tuning.SweepConfig | None = None,
-        block: int = 0,
     ) -> None:
         a, log_decay = like.a, like.log_decay
         self.heads, self.scale, self.reverse, self.packed = heads, scale, reverse, like.cu_seqlens is not None
@@ -107,10 +106,8 @@ class Sweep:
         self.state_shape = (self.y, self.x) if transposed else (self.x, self.y)
         self.cut = Segments(1, max(1, self.tokens))
         if not whole and self.programs:
-            chunk, multiple = self.config.chunk, max(block, tuning.LONGEST_CHUNK)
-            cut = Segments(*tuning.segments(self.tokens, chunk, self.programs, self.index, multiple))
+            cut = Segments(*tuning.segments(self.tokens, self.config.chunk, self.programs, self.index))
             self.cut = cut if cut.number > 1 else self.cut
-        self.every = max(1, block // self.config.chunk)
         self._launches: dict[Any, Launch] = {}
 
     def segments(self, x: Operands, state: torch.Tensor | None, final: bool) -> tuple[Segments, torch.Tensor | None]:
@@ -169,19 +166,6 @@ class Sweep:
             out = torch.add(*out, out=x.a.new_empty(shape))  # rounded once
         return out, last
 
-    def walk(self, x: Operands, state: torch.Tensor | None, final: bool, into: torch.Tensor) -> torch.Tensor | None:
-        """The states that meet each block, to ``into`` [slots, H, X, Y], without outputs; the last state if wanted."""
-        segments, last = self.segments(x, state, final)
-        one = segments.number == 1
-        if final and one:
-            last = self._state(x)
-        if self.programs:
-            self._launch(
-                x, segments, state_in=state if one else segments.starts, state_out=last if one else None,
-                chunk_states=into,
-            )  # fmt: skip
-        return last
-
     def _state(self, x: Operands) -> torch.Tensor:
         return x.a.new_empty((self.sequences, self.heads, *self.state_shape), dtype=torch.float32)
 
@@ -230,7 +214,6 @@ class Sweep:
             (
                 self.x, self.y, config.chunk, config.block_x, config.block_y, self.decay, self.reverse, self.packed,
                 align, config.warps > 4, out, state_in, state_out, chunk_states and not terms, terms, g_sum,
-                self.every,
                 a.dtype == torch.float32, a.dtype == torch.float16,
             ),
             config.warps, config.stages,

@@ -34,7 +34,7 @@ def sweep_kernel(
     X: tl.constexpr, Y: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr, APART: tl.constexpr,
     HAS_OUT: tl.constexpr, HAS_S_IN: tl.constexpr, HAS_S_OUT: tl.constexpr, HAS_CHUNKS: tl.constexpr,
-    HAS_TERMS: tl.constexpr, SEGMENTED: tl.constexpr, EVERY: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
+    HAS_TERMS: tl.constexpr, SEGMENTED: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences * H * (segments - ``skip``) * tiles of the state,), tiles fastest.
 
@@ -43,9 +43,8 @@ def sweep_kernel(
     as many segments at the end of the pass. APART: what comes of the state and what comes of the chunk are kept apart
     until the end.
 
-    HAS_CHUNKS writes the state that meets each run of EVERY chunks, [slots, H, X, Y]. HAS_TERMS reads those of every
-    chunk of the opposite pass and, with d (as wide as c), writes the terms of the gradient of log_decay, [2, tiles, B,
-    T, H] (see ``decay_gradient``).
+    HAS_CHUNKS writes the state that meets each chunk, [slots, H, X, Y]. HAS_TERMS reads those of the opposite pass and,
+    with d (as wide as c), writes the terms of the gradient of log_decay, [2, tiles, B, T, H] (see ``decay_gradient``).
     """
     TILES_X: tl.constexpr = (X + BX - 1) // BX
     TILES: tl.constexpr = ((Y + BY - 1) // BY) * TILES_X
@@ -148,13 +147,10 @@ def sweep_kernel(
             g_next = tl.load(g_ptr + (t1 + r) * sgt, mask=r < tl.where(i + 1 < n_chunks, end - t1, 0), other=0.0)
 
         if HAS_CHUNKS or HAS_TERMS:
-            i_first = (bos // (C * EVERY) + i_n) if PACKED else i_n * tl.cdiv(T, C * EVERY)
-            slot = ((i_first + (begin // C + i_c) // EVERY) * H + i_h) * X * Y
+            i_first = (bos // C + i_n) if PACKED else i_n * tl.cdiv(T, C)
+            slot = ((i_first + (begin // C) + i_c) * H + i_h) * X * Y
         if HAS_CHUNKS:
-            # A mask, no branch: loads of the next chunks stay ahead of it.
-            left = (tl.where(i == 0, 0, EVERY - 1 - i_c % EVERY) if REVERSE else i_c % EVERY) * X
-            meets = (x + left < X)[:, None] & mask_y[None, :]
-            tl.store(chunks_ptr + slot + o_chunk, S.to(chunks_ptr.dtype.element_ty), mask=meets)
+            tl.store(chunks_ptr + slot + o_chunk, S.to(chunks_ptr.dtype.element_ty), mask=mask_state)
 
         if HAS_OUT:
             a = tl.load(a_ptr + t0 * sat + (r[:, None] * sat + x[None, :]), mask=tile_x, other=0.0)

@@ -92,35 +92,6 @@ def sweep_config(x: int, y: int, itemsize: int, decay: int, device_index: int) -
     return config
 
 
-# The walk through the states of wide heads: no outputs, so every tile reads little beside its own rows and columns.
-STATES = SweepConfig(64, 128, 128, 8, 3)
-
-
-class OutputsConfig(NamedTuple):
-    """rows, columns: tile of the outputs one program makes; width: numbers of a row at once; keys: tokens a step;
-    warps, stages: launch options."""
-
-    rows: int
-    width: int
-    columns: int
-    keys: int
-    warps: int
-    stages: int
-
-
-OUTPUTS = OutputsConfig(128, 256, 128, 64, 8, 2)
-
-
-def takes_blocks(key_dim: int, value_dim: int, dtype: torch.dtype, device_index: int) -> bool:
-    """Whether passes leave states between blocks of tokens (see ``wide``): heads too wide for one program's state.
-
-    float16 would need the states scaled; smaller devices have no room for the tiles.
-    """
-    if min(key_dim, value_dim) <= 128 or dtype != torch.bfloat16:
-        return False
-    return device_index < 0 or shared_memory(device_index) >= 200 * 1024
-
-
 def with_terms(config: SweepConfig) -> SweepConfig:
     """The configuration of a pass that also gives the terms of the gradient of log_decay: twice the tiles at once."""
     return config._replace(warps=8, stages=1 if config.block_x > 128 else min(config.stages, 2))
@@ -133,10 +104,8 @@ def _sweep_bytes(config: SweepConfig, itemsize: int) -> int:
     return tiles + operands
 
 
-def segments(tokens: int, chunk: int, programs: int, device_index: int, multiple: int) -> tuple[int, int]:
+def segments(tokens: int, chunk: int, programs: int, device_index: int) -> tuple[int, int]:
     """(number of segments, tokens in one) for sequences of ``tokens`` when one segment gives ``programs`` programs.
-
-    Segments are as long as a multiple of ``multiple``.
 
     Segments cost a second reading of keys and values, so they are cut only where the device would stand idle: a
     program on every processor is enough to keep the memory busy.
@@ -149,7 +118,7 @@ def segments(tokens: int, chunk: int, programs: int, device_index: int, multiple
     if count < 3 and device_index >= 0:
         count = 1
     length = -(-tokens // count)
-    length = max(1, -(-length // multiple)) * multiple
+    length = max(1, -(-length // LONGEST_CHUNK)) * LONGEST_CHUNK
     return max(1, -(-tokens // length)), length
 
 
