@@ -17,21 +17,27 @@ import torch.nn.functional as F
 from common import copy_bandwidth, options, require_cuda, table, timed_graph, timed_host, write
 from torch import Tensor
 
+from leet_hf.fused.glu import gated
 from leet_hf.fused.norm import rms_norm
+from leet_hf.fused.rotary import turned
+from leet_hf.fused.silu_split import silu_split
 
 FEW = 256  # rows of a decode step, at the most
 EPS = 1e-6
 
 
 class Case(NamedTuple):
-    """A kernel at one shape. inputs: what has gradients. ours, peer: the same function of them."""
+    """A kernel at one shape. inputs: what has gradients. ours, peer: the same function of them, to a tensor or several.
+    again: whether the gradients need the inputs.
+    """
 
     kernel: str
     shape: str
     rows: int
     inputs: tuple[Tensor, ...]
-    ours: Callable[..., Tensor]
-    peer: Callable[..., Tensor]
+    ours: Callable[..., Any]
+    peer: Callable[..., Any]
+    again: bool = True
 
 
 def normal(*shape: int) -> Tensor:
@@ -64,36 +70,69 @@ def norms() -> Iterator[Case]:
         x, weight, gate = normal(rows, dim), normal(dim), normal(rows, dim)
         shape = f"{rows} x {dim}"
         yield Case("norm", shape, rows, (x, weight), partial(rms_norm, eps=EPS), minimax_norm)
-        gated = partial(ours_gated, activation="sigmoid", each=True)
-        yield Case("norm, sigmoid gate", shape, rows, (x, weight, gate), gated, minimax_gated)
+        with_gate = partial(ours_gated, activation="sigmoid", each=True)
+        yield Case("norm, sigmoid gate", shape, rows, (x, weight, gate), with_gate, minimax_gated)
         heads = (rows, dim // 512, 512)
         inputs = (x.view(heads), weight[:512], gate.view(heads))
-        gated = partial(ours_gated, activation="silu", each=False)
-        yield Case("norm of heads, swish gate", f"{rows} x {dim // 512} x 512", rows, inputs, gated, retnet_gated)
+        with_gate = partial(ours_gated, activation="silu", each=False)
+        yield Case("norm of heads, swish gate", f"{rows} x {dim // 512} x 512", rows, inputs, with_gate, retnet_gated)
 
 
-CASES: list[Callable[[], Iterator[Case]]] = [norms]
+def rotations() -> Iterator[Case]:
+    """q and k of a RetNet of 1.35B turned, contiguous as from projections of their own; and of a model by pairs."""
+    for kind in ("rope", "theta_shift"):
+        for batch, tokens in ((1, 1), (64, 1), (1, 8192)):
+            q, k = (normal(batch, tokens, 8, 256) for _ in range(2))
+            angles = torch.rand(1, tokens, 1, 128, device="cuda") * 6
+            turn = partial(turned, cos=angles.cos(), sin=angles.sin(), kind=kind)
+            shape = f"{batch} x {tokens} x 8 x 256, q and k"
+            yield Case(f"rotary, {kind}", shape, batch * tokens, (q, k), turn, partial(turn, method="torch"), False)
 
 
-def floors(case: Case, out: Tensor, bandwidth: float) -> tuple[float, float]:
+def units() -> Iterator[Case]:
+    """Gated linear units of a hidden size of 2048, as FLA sizes them."""
+    for rows in (1, 64, 8192):
+        gate, up = normal(rows, 2816), normal(rows, 2816)
+        gate_silu = partial(gated, activation="silu")
+        yield Case("silu(gate) * up", f"{rows} x 2816", rows, (gate, up), gate_silu, partial(gate_silu, method="torch"))
+
+
+def splits() -> Iterator[Case]:
+    """SiLU of MiniMax's packed projection: forward one SiLU for both, backward a kernel instead of two."""
+    for batch, tokens in ((1, 64), (1, 8192)):
+        split = partial(silu_split, dim=128)
+        packed = normal(batch, tokens, 16 * 3 * 128)
+        shape = f"{batch} x {tokens} x 16 x 3 x 128"
+        yield Case("silu, split", shape, batch * tokens, (packed,), split, partial(split, method="torch"))
+
+
+CASES: list[Callable[[], Iterator[Case]]] = [norms, rotations, units, splits]
+
+
+def tensors(out: Any) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def floors(case: Case, out: tuple[Tensor, ...], bandwidth: float) -> tuple[float, float]:
     """Microseconds of the bytes of forward, and of forward with backward: each tensor moved once by each of both."""
-    read, written = (sum(t.nbytes for t in tensors) for tensors in (case.inputs, (out,)))
-    forward, backward = read + written, 2 * read + written
+    read, written = (sum(t.nbytes for t in tensors) for tensors in (case.inputs, out))
+    forward, backward = read + written, (1 + case.again) * read + written
     return forward / bandwidth * 1e6, (forward + backward) / bandwidth * 1e6
 
 
 def measure(case: Case, bandwidth: float, peers: bool) -> dict[str, Any]:
     leaves = tuple(t.detach().requires_grad_() for t in case.inputs)
-    out = case.ours(*case.inputs)  # and the kernel is compiled
-    dout = torch.randn_like(out)
-    error = (out.float() - case.peer(*case.inputs).float()).norm() / out.float().norm()
+    out = tensors(case.ours(*case.inputs))  # and the kernel is compiled
+    dout = [torch.randn(x.shape, device=x.device, dtype=x.dtype) for x in out]
+    peer = tensors(case.peer(*case.inputs))
+    error = max((a.float() - b.float()).norm() / a.float().norm() for a, b in zip(out, peer, strict=True))
     if not error <= 1e-2:
         raise RuntimeError(f"{case.kernel} at {case.shape} differs from its formula by {error:.2g}")
     calls = 50 if case.rows <= FEW else 1
     row: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape}
     row["floor us"], row["both floor us"] = floors(case, out, bandwidth)
 
-    def both(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    def both(function: Callable[..., Any]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(function(*leaves), leaves, dout)
 
     for name, function in (("", case.ours), ("torch ", case.peer)) if peers else (("", case.ours),):
