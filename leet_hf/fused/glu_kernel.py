@@ -33,7 +33,7 @@ def gated_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
-    mask = i < N * ALIGN - first
+    mask = i < N.to(tl.int64) * ALIGN - first
     gate = tl.load(gate_ptr + row * stride_gate * ALIGN + first + i, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride_up * ALIGN + first + i, mask=mask, other=0.0).to(tl.float32)
     act, _ = activated(gate, GELU)
@@ -49,7 +49,7 @@ def gated_backward_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
-    mask = i < N * ALIGN - first
+    mask = i < N.to(tl.int64) * ALIGN - first
     dout = tl.load(dout_ptr + row * stride_dout * ALIGN + first + i, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * stride_gate * ALIGN + first + i, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride_up * ALIGN + first + i, mask=mask, other=0.0).to(tl.float32)

@@ -18,7 +18,7 @@ def turn_heads(
 ):  # fmt: skip
     """Heads ``first`` to ``first + BH`` of one token: x at a stride a head, out contiguous. BR >= R/2, BK >= D - R."""
     HALF: tl.constexpr = R // 2
-    head = first + tl.arange(0, BH)
+    head = (first + tl.arange(0, BH)).to(tl.int64)  # heads may lie far apart
     i = tl.arange(0, BR)
     there, inside = (head < heads)[:, None], i < HALF
     cos1 = tl.load(cos_ptr + i, mask=inside, other=0.0).to(tl.float32)[None, :]

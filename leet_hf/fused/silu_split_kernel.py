@@ -24,7 +24,7 @@ def silu_split_backward_kernel(
     blocks = tl.cdiv(H, BH)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     b, t = token // T, token % T
-    head = (tl.program_id(0) % blocks) * BH + tl.arange(0, BH)[:, None]
+    head = ((tl.program_id(0) % blocks) * BH + tl.arange(0, BH)[:, None]).to(tl.int64)  # heads may lie far apart
     i = tl.arange(0, BD)[None, :]
     mask = (head < H) & (i < D)
     x_ptr += (b * sxb + t * sxt) * ALIGN
