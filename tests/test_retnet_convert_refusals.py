@@ -80,6 +80,13 @@ STATES: dict[str, tuple[Callable[[State], None], str]] = {
     "another decay": (changed(retnet_rel_pos_decay=-torch.ones(4)), "is not the decay that the options say (retnet)"),
     "other angles": (changed(retnet_rel_pos_angle=torch.ones(8)), "rotates by other angles"),
     "no RetNet": (lambda state: [state.pop(k) for k in list(state) if "layers" in k], "is no RetNet of torchscale"),
+    "FLA's": (
+        lambda state: [
+            state.update({f"model.{x}.weight": state.popitem()[1] for x in ("embeddings", "layers.1.attn.q_proj")}),
+            [state.pop(key) for key in list(state) if "retention" in key],
+        ],
+        "nothing to convert, RetNetForCausalLM.from_pretrained reads",
+    ),
     "nothing": (lambda state: state.clear(), "must hold a state dict"),
 }  # fmt: skip
 

@@ -146,6 +146,11 @@ def _layout(checkpoint: Checkpoint, origin: str) -> Layout:
             origin = "hf-port"
         elif any("layers." in key and ".retention." in key for key in keys):
             origin = "torchscale"
+        elif "model.embeddings.weight" in keys and any(".attn.q_proj." in key for key in keys):
+            raise ConversionError(
+                f"{checkpoint.name} has the names of flash-linear-attention's RetNet, which are also leet_hf's: there "
+                "is nothing to convert, RetNetForCausalLM.from_pretrained reads its directory as it is"
+            )
         else:
             raise ConversionError(
                 f"{checkpoint.name} is no RetNet of torchscale or its Hugging Face port: no key has a layer's "
