@@ -172,6 +172,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "silu in 2.5": (lambda: stock(linear_silu=True, **LATENT), "linear_silu is set, which the published"),
     "its place": (lambda: _changed(SECOND, layer_idx=2), "says it is layer 2 but is layer 1"),
     "a rope": (lambda: _without("model", "rotary_emb_mla"), "it has no rotary_emb_mla"),
+    "a rope without frequencies": (
+        lambda: _changed("model.rotary_emb_mla", inv_freq=torch.tensor([1.0, float("nan")])),
+        "its rotary_emb_mla.inv_freq holds no frequencies",
+    ),
     "softmax": (lambda: _changed("model.layers.2", attention=torch.nn.Linear(4, 4)), "is a Linear and it has no"),
 }
 

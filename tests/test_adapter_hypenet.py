@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import tiny
 from hosts.hypenet import HypeNetForCausalLM
 from hosts.sala import LIGHTNING, LightningConfig
 from leet_hf import patch_model
+from leet_hf.decay import alibi
 from leet_hf.modes import Truth
 
 LAYOUT = {"mixer_types": (LIGHTNING, "attn", LIGHTNING)}
@@ -60,6 +62,23 @@ def test_patching_and_back() -> None:
     host_checks.patched_and_back(stock(), "hypenet", [0, 2], 3)
 
 
+def test_gradients_of_padded_and_packed_rows() -> None:
+    host_checks.same_padded_and_packed_gradients(stock())
+
+
+def test_kept_and_loaded(tmp_path: Path) -> None:
+    host_checks.kept_and_loaded(stock(), tmp_path)
+
+
+def test_patched_after_wrapping(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    host_checks.patched_after_wrapping(stock(), tmp_path)
+
+
+def test_states_stay_float32() -> None:
+    host_checks.states_stay_float32(stock(), {index: list(alibi(4)) for index in (0, 2)}, tokens=80)
+
+
 class GatedDeltaNet(nn.Module):
     """Another kind of layer that HypeNet can have."""
 
@@ -74,6 +93,9 @@ def test_refusals() -> None:
     model = stock()
     del model.model.rotary_emb
     host_checks.is_refused(model, "has no rotary_emb")
+    model = stock()
+    model.model.rotary_emb.register_buffer("inv_freq", torch.zeros(4), persistent=False)
+    host_checks.is_refused(model, "rotary_emb.inv_freq holds no frequencies")
     model = stock()
     del model.model.layers[0].self_attn.k_norm
     host_checks.is_refused(model, "has no k_norm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +63,21 @@ def test_gradient_checkpointing() -> None:
 
 def test_patching_and_back() -> None:
     host_checks.patched_and_back(stock(), "minimax_text_01", [0, 1], 3)
+
+
+def test_gradients_of_padded_and_packed_rows() -> None:
+    host_checks.same_padded_and_packed_gradients(stock())
+
+
+def test_kept_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading leaves the tables of ropes to chance; here, to zeros."""
+    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
+    host_checks.kept_and_loaded(stock(), tmp_path)
+
+
+def test_patched_after_wrapping(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    host_checks.patched_after_wrapping(stock(), tmp_path)
 
 
 def test_states_stay_float32() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 import host_checks
 import tiny
 from hosts import sala
+from hosts.plain import ScaledRotaryTables
 from hosts.sala import LIGHTNING, SPARSE, LightningConfig, MiniCPMSALAForCausalLM
 from leet_hf import decay as formulas
 from leet_hf import patch_model, patch_report, unpatch_model
@@ -66,6 +68,21 @@ def test_gradient_checkpointing() -> None:
 
 def test_patching_and_back() -> None:
     host_checks.patched_and_back(stock(), "minicpm_sala", [1, 2], 3)
+
+
+def test_gradients_of_padded_and_packed_rows() -> None:
+    host_checks.same_padded_and_packed_gradients(stock())
+
+
+def test_kept_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading leaves the tables of ropes to chance; here, to zeros."""
+    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
+    host_checks.kept_and_loaded(stock(), tmp_path)
+
+
+def test_patched_after_wrapping(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    host_checks.patched_after_wrapping(stock(), tmp_path)
 
 
 def test_states_stay_float32() -> None:
@@ -129,6 +146,31 @@ def test_a_cache_grows_past_the_rope_tables() -> None:
     assert relative_error(torch.cat(logits, 1), want) <= 1e-5
 
 
+def scaled() -> Any:
+    """Its ropes are of a class that makes other tables."""
+    model = stock(attn_use_rope=True)
+    for layer in model.model.layers:
+        layer.self_attn.rotary_emb = ScaledRotaryTables(8, 10000.0, 64)
+    return model
+
+
+def test_scaled_ropes_are_those_of_their_tables() -> None:
+    ids = torch.tensor(tiny.prompts((30,)))
+    plain = stock(attn_use_rope=True)(input_ids=ids).logits
+    assert relative_error(scaled()(input_ids=ids).logits, plain) > 1e-2
+    host_checks.same_logits_and_gradients(scaled(), tokens=70)
+
+
+def test_tables_that_a_cast_has_rounded_are_not_read() -> None:
+    """The rope of a bfloat16 model is as exact as that of a float32 one."""
+    ids = torch.tensor(tiny.prompts((60,)))
+    want, model = stock(attn_use_rope=True)(input_ids=ids).logits, stock(attn_use_rope=True)
+    for layer in model.model.layers:
+        layer.self_attn.rotary_emb.bfloat16().float()
+    assert relative_error(model(input_ids=ids).logits, want) > 1e-4
+    assert relative_error(patch_model(model)(input_ids=ids).logits, want) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [
@@ -149,6 +191,9 @@ def test_refusals() -> None:
     model.model.layers[1].self_attn.use_short_conv = True
     host_checks.is_refused(model, "use_short_conv")
     model = stock()
+    model.model.layers[1].self_attn.rotary_emb.cos_cached[1:] = 1
+    host_checks.is_refused(model, "layers.1.self_attn .*other tables than its base and dim make")
+    model = scaled()
     model.model.layers[1].self_attn.rotary_emb.cos_cached.zero_()
     host_checks.is_refused(model, "not in the checkpoint")
     model = stock()

@@ -135,6 +135,9 @@ def test_report_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     model = stock()
     model.model.layers[2].self_attn = sala.MiniCPMSdpaAttention(model.config, 2)
     host_checks.is_refused(model, "some of its softmax layers are block-sparse")
+    model = stock(attn_use_rope=True)
+    model.model.layers[2].self_attn.rotary_emb.cos_cached.zero_()
+    host_checks.is_refused(model, "layers.2.self_attn .*not in the checkpoint")
     monkeypatch.delattr(sala, "InfLLMv2CacheLayer")
     host_checks.is_refused(stock(), "no InfLLMv2CacheLayer beside its class")
 

@@ -13,6 +13,7 @@ from .. import decay as formulas
 from ..fused.norms import gated_norm
 from ..fused.rotary import turned
 from ..hosts.bailing import bailing_forward, bailing_layer_forward
+from ..hosts.tables import frequencies_lack
 from ..shapes import RecurrentShape, SoftmaxShape
 from ..slots import stored_tensor
 from .base import Adapter, Decay, Projected
@@ -79,7 +80,7 @@ class BailingAdapter(Adapter):
                 return f"its {path} is a {type(attention).__name__} and {lacking}"
             if hasattr(attention, "qk_head_dim") and not hasattr(base, "rotary_emb_mla"):
                 return f"its {path} is a {type(attention).__name__} and it has no rotary_emb_mla"
-        return None
+        return frequencies_lack(base, "rotary_emb") or frequencies_lack(base, "rotary_emb_mla")
 
     def attentions(self, base: Any) -> list[tuple[str, nn.Module]]:
         """Without the layers after them, which predict further tokens."""

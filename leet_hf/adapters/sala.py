@@ -21,7 +21,7 @@ from ..hosts.lightning import (
 )
 from ..hosts.softmax import softmax_forward
 from ..hosts.sparse import is_sparse, layer_class, sparse_arguments
-from ..hosts.tables import tables_lack, turned_by_tables
+from ..hosts.tables import frequencies_lack, tables_lack, turned_by_tables
 from ..shapes import RecurrentShape, SoftmaxShape
 from .base import Adapter, Decay, Projected
 from .common import lacks
@@ -177,7 +177,9 @@ class SalaAdapter(_LightningAdapter):
     def softmax_misfit(self, attention: Any) -> str | None:
         if is_sparse(attention):
             missing = None if layer_class(attention) else "there is no InfLLMv2CacheLayer beside its class"
-            return lacks(attention, ["dense_len", "head_dim", "config"]) or missing
+            lacking = lacks(attention, ["dense_len", "head_dim", "config"]) or missing
+            turns = lacking is None and getattr(attention.config, "attn_use_rope", True)
+            return tables_lack(getattr(attention, "rotary_emb", None), read=True) if turns else lacking
         if not any(cls.__name__ == "MiniCPMAttention" for cls in type(attention).__mro__):
             return "neither lightning nor softmax attention as published"
         needed = ["q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "config", "attention_dropout"]
@@ -217,7 +219,7 @@ class HypeNetAdapter(_LightningAdapter):
     dialect = Dialect(turns=_shared_turns, softmax=_hypenet_softmax, cache_name="past_key_values")
 
     def base_misfit(self, base: Any) -> str | None:
-        return super().base_misfit(base) or lacks(base, ["rotary_emb"])
+        return super().base_misfit(base) or lacks(base, ["rotary_emb"]) or frequencies_lack(base, "rotary_emb")
 
     def softmax_misfit(self, attention: Any) -> str | None:
         if not any(cls.__name__ == "Qwen3Attention" for cls in type(attention).__mro__):

@@ -37,7 +37,7 @@ class MiniMaxText01Config(PreTrainedConfig):
         own = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
         for name, value in own.items():
             setattr(self, name, value)
-        super().__init__(tie_word_embeddings=False, **kwargs)
+        super().__init__(**{"tie_word_embeddings": False} | kwargs)
 
 
 def alibi_slopes(heads: int) -> list[float]:

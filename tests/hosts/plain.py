@@ -51,23 +51,37 @@ class Rotary(nn.Module):
 class RotaryTables(nn.Module):
     """As `Rotary`, by tables [positions, dim] that are made longer when a longer one is asked for."""
 
-    def __init__(self, dim: int, theta: float, positions: int) -> None:
+    def __init__(self, dim: int, base: float, positions: int) -> None:
         super().__init__()
-        self.turn = Rotary(dim, theta)
-        self.register_buffer("inv_freq", theta ** (-torch.arange(0, dim, 2) / dim), persistent=False)
+        self.dim, self.base = dim, base
+        self.register_buffer("inv_freq", base ** (-torch.arange(0, dim, 2) / dim), persistent=False)
         self._set_cos_sin_cache(positions)
 
     def _set_cos_sin_cache(self, positions: int) -> None:
         self.max_seq_len_cached = positions
-        place = torch.arange(positions, device=self.inv_freq.device)
-        cos, sin = self.turn(torch.empty(0, device=place.device), place)
-        self.register_buffer("cos_cached", cos, persistent=False)
-        self.register_buffer("sin_cached", sin, persistent=False)
+        angles = torch.outer(self.places(positions), self.inv_freq).repeat(1, 2)
+        self.register_buffer("cos_cached", angles.cos(), persistent=False)
+        self.register_buffer("sin_cached", angles.sin(), persistent=False)
+
+    def places(self, positions: int) -> Tensor:
+        return torch.arange(positions, device=self.inv_freq.device, dtype=self.inv_freq.dtype)
 
     def forward(self, x: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
         if seq_len > self.max_seq_len_cached:
             self._set_cos_sin_cache(seq_len)
         return self.cos_cached[:seq_len].to(x.dtype), self.sin_cached[:seq_len].to(x.dtype)
+
+
+class ScaledRotaryTables(RotaryTables):
+    """With positions divided by a factor, as remote code scales ropes: in a derived class."""
+
+    factor = 4.0
+
+    def _set_cos_sin_cache(self, positions: int) -> None:
+        super()._set_cos_sin_cache(positions)
+
+    def places(self, positions: int) -> Tensor:
+        return super().places(positions) / self.factor
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class LightningConfig(PreTrainedConfig):
         own = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
         for name, value in own.items():
             setattr(self, name, value)
-        super().__init__(tie_word_embeddings=False, **kwargs)
+        super().__init__(**{"tie_word_embeddings": False} | kwargs)
 
 
 class LightningAttention(nn.Module):
