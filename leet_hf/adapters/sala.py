@@ -12,13 +12,13 @@ from ..fused.norms import gated_norm
 from ..fused.rotary import turned
 from ..hosts.head import HEAD_METHODS
 from ..hosts.lightning import (
-    BOUNDS,
     Dialect,
     lightning_forward,
     lightning_layer_forward,
     softmax_in_context,
     token_places,
 )
+from ..hosts.remote import bounds_of
 from ..hosts.softmax import softmax_forward
 from ..hosts.sparse import is_sparse, layer_class, sparse_arguments
 from ..hosts.tables import frequencies_lack, tables_lack, turned_by_tables
@@ -207,8 +207,7 @@ def _shared_turns(base: Any, ready: Any) -> Any:
 
 def _hypenet_softmax(base: Any, ready: Any, turns: Any, attention_mask: Any) -> dict[str, Any]:
     own = {"attention_mask": ready.masks["full_attention"], "position_embeddings": turns}
-    own |= {name: ready.arguments[name] for name in BOUNDS if name in ready.arguments}
-    return own | {"past_key_values": None if ready.cache is None else _Facade(ready.cache)}
+    return own | bounds_of(ready) | {"past_key_values": None if ready.cache is None else _Facade(ready.cache)}
 
 
 class HypeNetAdapter(_LightningAdapter):

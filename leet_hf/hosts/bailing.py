@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..host import LINEAR, Prepared, prepare
-from ..versions import CACHE, cache_argument, merge_with_config_defaults
-from .remote import Record, attend_in, context, given_or, kinds_of, run_layer
+from ..versions import cache_argument, merge_with_config_defaults
+from .remote import Record, attend_in, bounds_of, context, kinds_of, run_layer
 
 
 @dataclass
@@ -74,15 +74,8 @@ def bailing_forward(
     predicted = None
     if len(further):
         predicted = _predict_further(self, further, input_ids, hidden_states, ready, embeddings, options, record)
-    made = BailingModelOutput(
-        last_hidden_state=hidden_states,
-        hidden_states=record.hidden_states,
-        attentions=record.attentions,
-        router_logits=record.router_logits,
-        mtp_hidden_states=predicted,
-        **{CACHE: ready.cache},
-    )
-    return given_or(self.config, return_dict, made)
+    more = {"router_logits": record.router_logits, "mtp_hidden_states": predicted}
+    return record.output(BailingModelOutput, hidden_states, ready, self.config, return_dict, **more)
 
 
 def bailing_layer_forward(
@@ -116,8 +109,7 @@ def _softmax(base: Any, ready: Prepared, embeddings: Any) -> dict[str, Any]:
     own: dict[str, Any] = {"attention_mask": ready.masks["full_attention"], "position_embeddings": embeddings}
     if hasattr(base, "rotary_emb_mla"):
         own["position_embeddings_mla"] = base.rotary_emb_mla(ready.hidden_states, ready.position_ids)
-    bounds = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-    return own | {name: ready.arguments[name] for name in bounds if name in ready.arguments}
+    return own | bounds_of(ready)
 
 
 def _predict_further(

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from ..versions import cache_argument
+from .remote import BOUNDS
 
-PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+PACKING = ("seq_idx", *BOUNDS)
 
 
 class Handed(NamedTuple):

@@ -10,13 +10,11 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from ..host import LINEAR, Prepared, prepare
-from ..versions import CACHE, cache_argument, merge_with_config_defaults
+from ..versions import cache_argument, merge_with_config_defaults
 from .head import taken
-from .remote import Context, Record, attend_in, context, kinds_of, run_layer
+from .remote import Context, Record, attend_in, bounds_of, context, kinds_of, run_layer
 from .softmax import SoftmaxContext
 from .tables import places
-
-BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def plain_embedding(base: Any, input_ids: Tensor) -> Tensor:
@@ -47,10 +45,9 @@ def token_places(base: Any, ready: Prepared) -> Any:
 
 def softmax_in_context(base: Any, ready: Prepared, turns: Any, attention_mask: Any) -> dict[str, Any]:
     """For softmax layers with `leet_hf.hosts.softmax.softmax_forward`."""
-    bounds = {name: ready.arguments[name] for name in BOUNDS if name in ready.arguments}
     where = places(ready.position_ids, ready.cache) if turns is None else turns
     mask = ready.masks["full_attention"]
-    return {"attention_mask": SoftmaxContext(mask, where, base.config._attn_implementation, bounds)}
+    return {"attention_mask": SoftmaxContext(mask, where, base.config._attn_implementation, bounds_of(ready))}
 
 
 @merge_with_config_defaults
@@ -103,13 +100,9 @@ def lightning_forward(
         record.add(outputs)
     hidden_states = self.norm(hidden_states)
     record.add_hidden(hidden_states)
-    found: dict[str, Any] = {"hidden_states": record.hidden_states, "attentions": record.attentions, CACHE: ready.cache}
-    if dialect.experts:
-        output: Any = MoeModelOutputWithPast(hidden_states, router_logits=record.router_logits, **found)
-    else:
-        output = BaseModelOutputWithPast(hidden_states, **found)
-    wanted = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
-    return output if wanted else output.to_tuple()
+    made = MoeModelOutputWithPast if dialect.experts else BaseModelOutputWithPast
+    more = {"router_logits": record.router_logits} if dialect.experts else {}
+    return record.output(made, hidden_states, ready, self.config, return_dict, **more)
 
 
 def lightning_layer_forward(

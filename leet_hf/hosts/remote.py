@@ -16,6 +16,10 @@ from transformers.utils import ModelOutput
 from ..host import LINEAR, SOFTMAX, Prepared
 from ..layer import layer_forward
 from ..shapes import CacheSpec, RecurrentShape
+from ..versions import CACHE
+
+# What says where packed sequences begin; flash attention takes it too.
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class Context(NamedTuple):
@@ -36,6 +40,11 @@ def context(ready: Prepared, embeddings: Any) -> Context:
     """The context of a forward's recurrent layers, with what the host has in its place."""
     packing = (ready.arguments.get(name) for name in ("seq_idx", "cu_seq_lens_q"))
     return Context(embeddings, ready.masks.get(LINEAR), *packing)
+
+
+def bounds_of(ready: Prepared) -> dict[str, Any]:
+    """The bounds of packed sequences a forward was given, for softmax layers."""
+    return {name: ready.arguments[name] for name in BOUNDS if name in ready.arguments}
 
 
 def attend_in(
@@ -121,3 +130,14 @@ class Record:
             self.attentions += (outputs[1],)
         if self.router_logits is not None and outputs[-1] is not None:
             self.router_logits += (outputs[-1],)
+
+    def output(
+        self, kind: type[ModelOutput], hidden_states: Tensor, ready: Prepared, config: Any, return_dict: bool | None,
+        **more: Any,
+    ) -> Any:  # fmt: skip
+        """What a base model returns: last hidden states and cache, what was recorded, and `more` of its kind."""
+        made: Any = kind(  # type: ignore[call-arg]
+            last_hidden_state=hidden_states, hidden_states=self.hidden_states, attentions=self.attentions,
+            **{CACHE: ready.cache}, **more,
+        )  # fmt: skip
+        return given_or(config, return_dict, made)

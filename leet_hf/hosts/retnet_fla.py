@@ -14,11 +14,9 @@ from ..fused.rotary import turned
 from ..host import LINEAR, SOFTMAX, Prepared, prepare, real_positions
 from ..packing import sequence_positions
 from ..retnet.positions import rotary_angles, rotary_tables
-from ..versions import CACHE, cache_argument, merge_with_config_defaults
-from .remote import Context, Record, attend_in, context, given_or, kinds_of, local_mask, positions_alone, run_layer
+from ..versions import cache_argument, merge_with_config_defaults
+from .remote import Context, Record, attend_in, bounds_of, context, kinds_of, local_mask, positions_alone, run_layer
 from .softmax import eager_attention
-
-BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class SoftmaxPlace(NamedTuple):
@@ -82,13 +80,7 @@ def fla_forward(
         record.add(outputs)
     hidden_states = self.norm(hidden_states)
     record.add_hidden(hidden_states)
-    output = BaseModelOutputWithPast(
-        last_hidden_state=hidden_states,
-        hidden_states=record.hidden_states,
-        attentions=record.attentions,
-        **{CACHE: ready.cache},
-    )
-    return given_or(self.config, return_dict, output)
+    return record.output(BaseModelOutputWithPast, hidden_states, ready, self.config, return_dict)
 
 
 def fla_layer_forward(
@@ -184,11 +176,10 @@ def fla_head_forward(
 def _given(base: Any, ready: Prepared, positions: Tensor) -> dict[str, Any]:
     """What layers of each kind get in the place of the mask."""
     retention = next(block.attn for block in base.layers if hasattr(block.attn, "head_k_dim"))
-    bounds = {name: ready.arguments[name] for name in BOUNDS if name in ready.arguments}
     mask = ready.masks.get(SOFTMAX)
     return {
         LINEAR: context(ready, _tables(retention, positions, ready.hidden_states)),
-        SOFTMAX: SoftmaxPlace(mask, positions, base.config._attn_implementation, bounds),
+        SOFTMAX: SoftmaxPlace(mask, positions, base.config._attn_implementation, bounds_of(ready)),
     }
 
 

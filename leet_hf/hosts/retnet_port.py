@@ -100,11 +100,8 @@ def port_forward(
     if self.layer_norm is not None:
         hidden_states = self.layer_norm(hidden_states)
     record.add_hidden(hidden_states)
-    output = PortModelOutput(
-        last_hidden_state=hidden_states, hidden_states=record.hidden_states, attentions=record.attentions,
-        retentions=record.attentions, **{CACHE: ready.cache},
-    )  # fmt: skip
-    return given_or(self.config, return_dict, output)
+    more = {"retentions": record.attentions}
+    return record.output(PortModelOutput, hidden_states, ready, self.config, return_dict, **more)
 
 
 def port_layer_forward(

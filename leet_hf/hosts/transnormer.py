@@ -9,9 +9,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..host import prepare, real_positions
 from ..packing import sequence_positions
-from ..versions import CACHE, cache_argument, merge_with_config_defaults
+from ..versions import cache_argument, merge_with_config_defaults
 from .head import PACKING, own_forward, taken
-from .remote import Context, Record, attend_in, context, given_or, kinds_of, local_mask, positions_alone, run_layer
+from .remote import Context, Record, attend_in, context, kinds_of, local_mask, positions_alone, run_layer
 
 HANDED = (*PACKING, "position_ids")
 
@@ -62,13 +62,7 @@ def transnormer_forward(
         record.add(outputs)
     hidden_states = self.final_norm(hidden_states)
     record.add_hidden(hidden_states)
-    output = BaseModelOutputWithPast(
-        last_hidden_state=hidden_states,
-        hidden_states=record.hidden_states,
-        attentions=record.attentions,
-        **{CACHE: ready.cache},
-    )
-    return given_or(self.config, return_dict, output)
+    return record.output(BaseModelOutputWithPast, hidden_states, ready, self.config, return_dict)
 
 
 def transnormer_layer_forward(

@@ -183,21 +183,7 @@ def step(
     )
 
 
-def _step_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    base: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    log_decays: Tensor,
-    cursor: Tensor,
-    scale: float,
-    buffer: int,
-    keep: int,
-    method: str,
-) -> Tensor:
+def _step_fake(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, base: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], base.shape[1], v.shape[-1])
 
 

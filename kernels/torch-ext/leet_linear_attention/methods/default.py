@@ -7,6 +7,8 @@ the algorithm.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import library
@@ -14,40 +16,17 @@ from ..dispatch import choose
 
 
 def backward(
-    do: Tensor,
-    dfinal: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    need_log_decay: bool,
+    do: Tensor, dfinal: Tensor | None, q: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients as `library.backward` gives them, by the method that "auto" takes for this device and dtype."""
-    method = choose("auto", q.device, q.dtype)
-    return library.backward(
-        do, dfinal, q, k, v, log_decay, initial_state, cu_seqlens, scale, need_log_decay, False, method
-    )  # fmt: skip
+    """Gradients as `library.backward` gives them, by the method that "auto" takes for this device and dtype.
+
+    Arguments as there, without `batch_invariant`, which no named algorithm can promise, and `method`.
+    """
+    every: tuple[Any, ...] = (do, dfinal, q, *arguments, False, choose("auto", q.device, q.dtype))
+    return library.backward(*every)
 
 
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    base: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    log_decays: Tensor,
-    cursor: Tensor,
-    scale: float,
-    buffer: int,
-    keep: int,
-) -> Tensor:
-    """o of a decoding step as `library.step` gives it, by the method that "auto" takes for this device and dtype."""
-    method = choose("auto", q.device, q.dtype)
-    return library.step(
-        q, k, v, log_decay, base, keys, values, log_decays, cursor, scale, buffer, keep, method
-    )  # fmt: skip
+def step(q: Tensor, *arguments: Any) -> Tensor:
+    """o of a decoding step as `library.step` gives it, its arguments without `method`, by what "auto" takes."""
+    every: tuple[Any, ...] = (q, *arguments, choose("auto", q.device, q.dtype))
+    return library.step(*every)
