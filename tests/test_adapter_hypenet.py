@@ -13,7 +13,7 @@ from torch import nn
 import host_checks
 import tiny
 from hosts.hypenet import HypeNetForCausalLM
-from hosts.sala import LIGHTNING, LightningConfig
+from hosts.lightning import LIGHTNING, LightningConfig
 from leet_hf import patch_model
 from leet_hf.decay import alibi
 from leet_hf.modes import Truth

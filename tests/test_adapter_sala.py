@@ -13,9 +13,10 @@ from torch import nn
 
 import host_checks
 import tiny
-from hosts import sala
+from hosts import lightning
+from hosts.lightning import LIGHTNING, SPARSE, LightningConfig
 from hosts.plain import ScaledRotaryTables
-from hosts.sala import LIGHTNING, SPARSE, LightningConfig, MiniCPMSALAForCausalLM
+from hosts.sala import MiniCPMSALAForCausalLM
 from leet_hf import decay as formulas
 from leet_hf import patch_model, patch_report, unpatch_model
 from leet_hf.modes import Truth
@@ -232,9 +233,9 @@ def test_stand_in_writes_varied_text() -> None:
     model = stock()
     ids = torch.tensor(tiny.prompts((21,)))
     before = model(input_ids=ids).logits
-    kept = sala.alibi_slopes
+    kept = lightning.alibi_slopes
     try:
-        sala.alibi_slopes = lambda heads: [0.0] * heads
+        lightning.alibi_slopes = lambda heads: [0.0] * heads
         assert relative_error(model(input_ids=ids).logits, before) > 1e-2
     finally:
-        sala.alibi_slopes = kept
+        lightning.alibi_slopes = kept

@@ -13,7 +13,8 @@ from transformers import DynamicCache, StaticCache
 import host_checks
 import tiny
 from hosts import sala
-from hosts.sala import LIGHTNING, SPARSE, InfLLMv2CacheLayer, LightningConfig, MiniCPMSALAForCausalLM
+from hosts.lightning import LIGHTNING, SPARSE, LightningConfig
+from hosts.sala import InfLLMv2CacheLayer, MiniCPMSALAForCausalLM
 from leet_hf import patch_model, patch_report, upgrade_cache
 from leet_hf.modes import Truth
 from leet_hf.modes.helpers import generate

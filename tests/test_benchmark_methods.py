@@ -4,6 +4,7 @@ table is the committed results."""
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module("methods")
-    for name in ("methods", "common"):
+    for name in ("methods", "contenders", "common"):
         sys.modules.pop(name, None)
 
 
@@ -77,3 +78,13 @@ def test_what_would_take_too_long_or_too_much_memory(bench: ModuleType) -> None:
 def test_the_readme_shows_the_committed_results(bench: ModuleType) -> None:
     assert (BENCHMARKS / "results" / "methods-cpu.json").exists()
     assert bench.readme() == bench.README.read_text(), "python benchmarks/methods.py --readme"
+
+
+def test_the_default_is_the_fastest() -> None:
+    """At every length measured, within a tenth of whatever was fastest."""
+    for path in sorted((BENCHMARKS / "results").glob("methods*.json")):
+        record = json.loads(path.read_text())
+        for tokens in record["lengths"]:
+            times = {row["method"]: row["ms"] for row in record["rows"] if row["tokens"] == tokens and "ms" in row}
+            (default,) = (ms for name, ms in times.items() if name.endswith("(auto)"))
+            assert default <= 1.1 * min(times.values()), (path.name, tokens, times)

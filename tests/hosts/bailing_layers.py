@@ -8,13 +8,12 @@ full matrix; there is no cache: a forward with one raises. Left out: rope scalin
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .plain import MLP, RMSNorm, decayed_attention, rotated, softmax_attention
+from .plain import MLP, RMSNorm, alibi_slopes, decayed_attention, rotated, softmax_attention
 
 
 class BailingMoeV2_5GroupRMSNorm(nn.Module):
@@ -27,13 +26,6 @@ class BailingMoeV2_5GroupRMSNorm(nn.Module):
         wide = x.float().unflatten(-1, (self.group_norm_size, -1))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * wide.flatten(-2).to(x)
-
-
-def alibi_slopes(heads: int) -> list[float]:
-    if math.log2(heads).is_integer():
-        return [2 ** (-8 * (h + 1) / heads) for h in range(heads)]
-    lower = 2 ** math.floor(math.log2(heads))
-    return alibi_slopes(lower) + alibi_slopes(2 * lower)[0::2][: heads - lower]
 
 
 class _LinearAttention(nn.Module):

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .lightning import LIGHTNING, LightningAttention, LightningBase, LightningPreTrained, positions
 from .plain import MLP, RMSNorm, Rotary, rotated, softmax_attention
-from .sala import LIGHTNING, LightningAttention, LightningBase, LightningPreTrained, positions
 
 
 class Qwen3Attention(nn.Module):

@@ -9,7 +9,6 @@ training (nothing).
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
-from .plain import MLP, RMSNorm, RotaryTables, causal_mask, decayed_attention, rotated, softmax_attention
+from .plain import MLP, RMSNorm, RotaryTables, alibi_slopes, causal_mask, decayed_attention, rotated, softmax_attention
 
 
 class MiniMaxText01Config(PreTrainedConfig):
@@ -38,13 +37,6 @@ class MiniMaxText01Config(PreTrainedConfig):
         for name, value in own.items():
             setattr(self, name, value)
         super().__init__(**{"tie_word_embeddings": False} | kwargs)
-
-
-def alibi_slopes(heads: int) -> list[float]:
-    if math.log2(heads).is_integer():
-        return [2 ** (-8 * (h + 1) / heads) for h in range(heads)]
-    lower = 2 ** math.floor(math.log2(heads))
-    return alibi_slopes(lower) + alibi_slopes(2 * lower)[0::2][: heads - lower]
 
 
 class MiniMaxText01LightningAttention(nn.Module):

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """ALiBi's slopes: a series for powers of two; else those of the next lower one n, and every second of 2n."""
+    if math.log2(heads).is_integer():
+        return [2 ** (-8 * (h + 1) / heads) for h in range(heads)]
+    lower = 2 ** math.floor(math.log2(heads))
+    return alibi_slopes(lower) + alibi_slopes(2 * lower)[0::2][: heads - lower]
 
 
 def decayed_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, scale: float) -> Tensor:

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .bailing_layers import alibi_slopes
-from .plain import decayed_attention
+from .plain import alibi_slopes, decayed_attention
 
 ACTIVATIONS = {"silu": F.silu, "1+elu": lambda x: 1 + F.elu(x)}
 
