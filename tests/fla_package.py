@@ -8,6 +8,7 @@ of FLA's RetNet to FOLDER, one directory for each of MODELS. Without a GPU, FLA'
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import sys
@@ -41,9 +42,11 @@ def run_on_the_cpu() -> None:
 
 
 def answers(folder: Path, options: dict[str, Any], device: str) -> None:
-    """Save a random model, and its logits, loss, gradients and, on a GPU, what it writes."""
+    """Save a random model, and its logits, loss, gradients and, on a GPU, what it writes; and those of it patched."""
     from fla.models.retnet import RetNetConfig, RetNetForCausalLM
     from safetensors.torch import save_file
+
+    from leet_hf import patch_model, patch_report, unpatch_model
 
     torch.manual_seed(0)
     model = RetNetForCausalLM(RetNetConfig(**SIZES | options)).eval()
@@ -58,6 +61,16 @@ def answers(folder: Path, options: dict[str, Any], device: str) -> None:
     out.loss.backward()
     held = {"ids": ids, "logits": out.logits, "loss": out.loss}
     held |= {f"gradient {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    patched = patch_model(copy.deepcopy(model))
+    assert {layer.adapter for layer in patch_report(patched).layers} == {"retnet-fla"}
+    patched.zero_grad()
+    again = patched(ids, labels=ids)
+    again.loss.backward()
+    held |= {"patched logits": again.logits, "patched loss": again.loss}
+    held |= {f"patched gradient {name}": p.grad for name, p in patched.named_parameters() if p.grad is not None}
+    written = patched.generate(ids[:, :5], max_new_tokens=4, do_sample=False, eos_token_id=None)
+    held |= {"patched written": written, "unpatched logits": unpatch_model(patched)(ids, use_cache=False).logits}
+    held["read again"] = model(written[:, :-1], use_cache=False).logits[:, 4:]
     if device == "cuda":
         held["written"] = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)
     save_file({name: x.detach().cpu().contiguous() for name, x in held.items()}, folder / "answers.safetensors")

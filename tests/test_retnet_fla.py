@@ -221,11 +221,25 @@ def answers_agree(folder: Path, device: str) -> None:
         assert torch.equal(written, held["written"])
 
 
+def the_patched_agrees(folder: Path) -> None:
+    """FLA's own model, patched: logits, loss, gradients and greedy tokens; and unpatched again."""
+    held = load_file(folder / "answers.safetensors")
+    for name in ("logits", "loss"):
+        torch.testing.assert_close(held[f"patched {name}"], held[name], rtol=0, atol=TOLERANCE)
+    gradients = [name for name in held if name.startswith("gradient ")]
+    assert gradients
+    for name in gradients:
+        assert relative_error(held[f"patched {name}"], held[name]) <= TOLERANCE, name
+    assert torch.equal(held["patched written"][:, 5:], held["read again"].argmax(-1))
+    torch.testing.assert_close(held["unpatched logits"], held["logits"], rtol=0, atol=1e-6)
+
+
 @needs_fla
 @pytest.mark.skipif(torch.cuda.is_available(), reason="FLA runs on the GPU then")
 @pytest.mark.parametrize("name", ["as published", "grouped, nothing fused"])
 def test_the_package_itself_interpreted(name: str, real: Path) -> None:
     answers_agree(real / name, "cpu")
+    the_patched_agrees(real / name)
 
 
 @needs_fla
@@ -233,3 +247,4 @@ def test_the_package_itself_interpreted(name: str, real: Path) -> None:
 @pytest.mark.parametrize("name", ["as published", "grouped, nothing fused"])
 def test_the_package_itself(name: str, real: Path) -> None:
     answers_agree(real / name, "cuda")
+    the_patched_agrees(real / name)
