@@ -101,11 +101,11 @@ def measure(tokens: int, plan: Plan, all_of_them: list[Contender], until: float)
             row["left out"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
             contender.call, contender.missing = None, row["left out"]
             continue
+        contender.last = (tokens, first)  # of a wrong result too: it is tried again at the next length
         row["difference"] = found
         if not found <= TOLERANCE[plan.dtype]:
             row["left out"] = f"wrong: {found:.1e} from the default"
             continue
-        contender.last = (tokens, first)
         calls[contender.name] = call
     for name, times in time_all(calls, plan, {c.name: c for c in all_of_them}).items():
         rows[name].update({"ms": times["median"], "spread": times})
