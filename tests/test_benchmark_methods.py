@@ -82,8 +82,8 @@ def test_the_readme_shows_the_committed_results(bench: ModuleType) -> None:
 
 
 def test_the_default_is_the_fastest() -> None:
-    """At every length measured, within a quarter of whatever was fastest: up to 128 tokens it is `vanilla` on a CPU, and
-    the first in each round of measurements finds the caches cold."""
+    """At every length measured, within a quarter of whatever was fastest: up to 128 tokens it is `vanilla` on a CPU,
+    and the first in each round of measurements finds the caches cold."""
     for path in sorted((BENCHMARKS / "results").glob("methods*.json")):
         record = json.loads(path.read_text())
         for tokens in record["lengths"]:
