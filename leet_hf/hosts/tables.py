@@ -99,6 +99,12 @@ def frequencies_lack(base: Any, name: str) -> str | None:
 
 def _plain(rotary: Any) -> tuple[int, float] | None:
     """(dim, base) where angles are `base^(-2i/dim)` per position; None where a class derived from it scales them."""
-    makers = [cls for cls in type(rotary).__mro__ if "_set_cos_sin_cache" in vars(cls)]
+    makers = _makers(type(rotary))
     dim, base = getattr(rotary, "dim", None), getattr(rotary, "base", None)
-    return (int(dim), float(base)) if len(makers) == 1 and dim and base else None
+    return (int(dim), float(base)) if makers == 1 and dim and base else None
+
+
+@torch.compiler.assume_constant_result
+def _makers(kind: type) -> int:
+    """How many classes among a class and its bases make tables: not traced, as not every torch can."""
+    return sum("_set_cos_sin_cache" in vars(cls) for cls in kind.__mro__)
