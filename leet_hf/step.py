@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from leet_linear_attention import step_asks_the_device
 from .arena import Arena, StepRecurrent, StepSoftmax
 from .cache import lasting_tensors
 from .experts import experts_set_to, recordable_experts
-from .fused.few_rows import FewRows, available
 from .layer import LayerBinding
 from .recording import Recorded
 from .versions import CACHE
@@ -34,7 +32,6 @@ class Step:
         self.arena, self._forward, self.window, self.padded = arena, forward, window, padded
         self._experts, self.refused = recordable_experts(base, arena.rows * tokens)
         self.refused = self.refused or _state_obstacle(arena, base, tokens)
-        self._linear: Callable[[], Any] = FewRows if available(arena.device) else nullcontext
         self.proven = False  # whether it has run
         self.recorded: Recorded | None = None
         self._output_type: Any = None
@@ -74,7 +71,7 @@ class Step:
                 if isinstance(layer, StepSoftmax):
                     layer.slots, layer.window = slots, self.window
             masks["full_attention"] = self._mask(base, slots)
-        with experts_set_to(base, self.experts), self._linear():
+        with experts_set_to(base, self.experts):
             output = self._forward(
                 base,
                 input_ids=self.ids,
