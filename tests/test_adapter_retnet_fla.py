@@ -208,7 +208,7 @@ def test_the_classes_of_the_package(auto_classes: None) -> None:
     got.loss.backward()
     grads = dict(model.named_parameters())
     for name, parameter in ours.named_parameters():
-        assert relative_error(parameter.grad, grads[name].grad) <= 1e-2, name
+        assert relative_error(parameter.grad, grads[name].grad) <= 3e-2, name
     options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     written = ours.generate(ids[:1], **options)
     again = model(input_ids=written.sequences[:, :-1], use_cache=False).logits[:, -20:]
