@@ -117,48 +117,64 @@ def softmax(x: dict[str, Any]) -> Callable[[], torch.Tensor] | None:
     return lambda: attend(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
-PEERS: dict[str, Callable[[dict[str, Any]], Callable[[], torch.Tensor] | None]] = {"fla": fla, "sdpa": softmax}
+PEERS: dict[str, Callable[[dict[str, Any]], Callable[[], torch.Tensor] | None]] = {"sdpa": softmax, "fla": fla}
 
 
-def measure(shape: Shape, bandwidth: float, peers: list[str], rep: int) -> dict[str, Any]:
-    """One row: milliseconds of each contender in both directions, fractions of the floor, host time and memory."""
+def both_ways(x: dict[str, Any], run: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    """Forward and backward."""
+
+    def step() -> None:
+        for name in ("q", "k", "v", "log_decay"):
+            x[name].grad = None
+        run().backward(x["do"])
+
+    return step
+
+
+def time_into(row: dict[str, Any], name: str, x: dict[str, Any], function: Callable[[], torch.Tensor]) -> None:
+    """Milliseconds of a contender in both directions, or why it refuses one."""
+    for key, direction in ((name, function), (f"{name} both", both_ways(x, function))):
+        try:
+            with torch.set_grad_enabled(key != name):
+                row[f"{key} spread"] = timed(direction, rep=40)
+        except Exception as error:
+            if name == "ours":
+                raise
+            row[f"{key} refused"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            row[f"{key} ms"] = row[f"{key} spread"]["median"]
+            if name == "ours":
+                way = key.removeprefix(name).strip()
+                floor = row[" ".join(filter(None, ("floor", way, "ms")))]
+                row[" ".join(filter(None, (way, "of floor %")))] = 100 * floor / row[f"{key} ms"]
+
+
+def measure(shape: Shape, bandwidth: float) -> dict[str, Any]:
+    """One row of ours: milliseconds in both directions, fractions of the floor, host time and memory."""
     x = inputs(shape)
     row: dict[str, Any] = {"shape": str(shape)}
-    floor = {"forward": shape.bytes(False) / bandwidth * 1e3, "both": shape.bytes(True) / bandwidth * 1e3}
-    row["floor ms"], row["floor both ms"] = floor["forward"], floor["both"]
-
-    def both(run: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        def step() -> None:
-            for name in ("q", "k", "v", "log_decay"):
-                x[name].grad = None
-            run().backward(x["do"])
-
-        return step
-
+    row["floor ms"], row["floor both ms"] = (shape.bytes(way) / bandwidth * 1e3 for way in (False, True))
     run = ours(x)
-    row["first call s"], row["first both s"] = first_call(run), first_call(both(run))
-    for name, function in [("ours", run)] + [(p, PEERS[p](x)) for p in peers]:
-        if function is None:
-            continue
-        for key, direction in ((name, function), (f"{name} both", both(function))):
-            try:
-                with torch.set_grad_enabled(key != name):
-                    row[f"{key} spread"] = timed(direction, rep=rep)
-            except Exception as error:
-                if name == "ours":
-                    raise
-                row[f"{key} refused"] = f"{type(error).__name__}: {error}".splitlines()[0]
-            else:
-                row[f"{key} ms"] = row[f"{key} spread"]["median"]
-    row["of floor %"] = 100 * floor["forward"] / row["ours ms"]
-    row["both of floor %"] = 100 * floor["both"] / row["ours both ms"]
-    for key, ratio in (("", "x fla"), (" both", "both x fla")):
-        if f"fla{key} ms" in row:
-            row[ratio] = row[f"fla{key} ms"] / row[f"ours{key} ms"]
+    row["first call s"], row["first both s"] = first_call(run), first_call(both_ways(x, run))
+    time_into(row, "ours", x, run)
     with torch.no_grad():
         row["host ms"] = timed_host(run)["median"]
-    row["extra memory %"] = extra_memory(x, both(run))
+    row["extra memory %"] = extra_memory(x, both_ways(x, run))
     return row
+
+
+def measure_peer(row: dict[str, Any], peer: str, shape: Shape) -> None:
+    """A peer's milliseconds, and how many times ours they are, into the row of its shape; ours is timed beside it."""
+    x = inputs(shape)
+    function = PEERS[peer](x)
+    if function is None:
+        return
+    time_into(row, peer, x, function)
+    if peer == "fla":
+        time_into(row, "ours", x, ours(x))
+        for key, ratio in (("", "x fla"), (" both", "both x fla")):
+            if f"fla{key} ms" in row:
+                row[ratio] = row[f"fla{key} ms"] / row[f"ours{key} ms"]
 
 
 def extra_memory(x: dict[str, Any], step: Callable[[], None]) -> float:
@@ -215,12 +231,18 @@ def main() -> None:
     if chosen.quick:
         shapes = shapes[:3]
     peers = [] if chosen.quick or chosen.no_peers else list(PEERS)
-    rows = []
-    for shape in shapes:
-        rows.append(measure(shape, bandwidth, peers, rep=40))
-        print(shape, ", ".join(f"{k} {v:.3g}" for k, v in rows[-1].items() if isinstance(v, float)), flush=True)
-        path = write("ops", {"copy_bytes_per_second": bandwidth, "rows": rows}, chosen.output)
-        torch.cuda.empty_cache()
+    rows: list[dict[str, Any]] = []
+    # Ours first, for every shape: a peer may take minutes, and what is there is written after every row.
+    for name in ("ours", *peers):
+        for place, shape in enumerate(shapes):
+            if name == "ours":
+                rows.append(measure(shape, bandwidth))
+            else:
+                measure_peer(rows[place], name, shape)
+            shown = ", ".join(f"{k} {v:.3g}" for k, v in rows[place].items() if isinstance(v, float) and name in k)
+            print(f"{shape}: {shown}", flush=True)
+            path = write("ops", {"copy_bytes_per_second": bandwidth, "rows": rows}, chosen.output)
+            torch.cuda.empty_cache()
     print(table(rows, [c for c in COLUMNS if any(c in r for r in rows)]))
     plot(rows, path.with_suffix(".png"), torch.cuda.get_device_name())
     print(f"wrote {path}")

@@ -200,16 +200,16 @@ def test_the_classes_of_the_package(auto_classes: None) -> None:
     """Logits, gradients and greedy decoding of flash-linear-attention's own model, where it is installed."""
     theirs = pytest.importorskip("fla.models")
     model = stock(theirs.RetNetForCausalLM, theirs.RetNetConfig, fuse_cross_entropy=False).cuda()
-    ids = torch.tensor(tiny.prompts((70, 70)), device="cuda")
+    ids = torch.tensor(tiny.prompts((40, 40)), device="cuda")  # up to 64 FLA takes no products of TF32
     ours = patch_model(copy.deepcopy(model))
     want, got = (m(input_ids=ids, labels=ids, use_cache=False) for m in (model, ours))
-    assert relative_error(got.logits, want.logits) <= 3e-3  # FLA multiplies float32 as TF32, 2^-11 at a time
+    assert relative_error(got.logits, want.logits) <= 1e-4
     want.loss.backward()
     got.loss.backward()
     grads = dict(model.named_parameters())
     for name, parameter in ours.named_parameters():
-        assert relative_error(parameter.grad, grads[name].grad) <= 3e-2, name
+        assert relative_error(parameter.grad, grads[name].grad) <= 1e-3, name
     options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     written = ours.generate(ids[:1], **options)
     again = model(input_ids=written.sequences[:, :-1], use_cache=False).logits[:, -20:]
-    assert relative_error(torch.stack(written.logits, 1), again) <= 3e-3
+    assert relative_error(torch.stack(written.logits, 1), again) <= 1e-4

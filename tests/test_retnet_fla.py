@@ -162,9 +162,9 @@ def test_another_package_with_this_model_type(first: str, auto_classes: None, tm
 
 
 def run(code: str) -> str:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext"), str(ROOT / "tests")])
+    paths = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     settings = os.environ | {
-        "PYTHONPATH": paths,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "HF_HUB_OFFLINE": "1",
         "TRITON_F32_DEFAULT": "ieee",
     }  # or FLA multiplies as TF32
