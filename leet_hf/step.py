@@ -13,6 +13,8 @@ from leet_linear_attention import step_asks_the_device
 from .arena import Arena, StepRecurrent, StepSoftmax
 from .cache import lasting_tensors
 from .experts import experts_set_to, recordable_experts
+from .fused.router import routers_in_one_launch
+from .fused.spared import Spared
 from .layer import LayerBinding
 from .recording import Recorded
 from .versions import CACHE
@@ -71,7 +73,7 @@ class Step:
                 if isinstance(layer, StepSoftmax):
                     layer.slots, layer.window = slots, self.window
             masks["full_attention"] = self._mask(base, slots)
-        with experts_set_to(base, self.experts):
+        with experts_set_to(base, self.experts), routers_in_one_launch(base), Spared():
             output = self._forward(
                 base,
                 input_ids=self.ids,
