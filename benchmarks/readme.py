@@ -41,28 +41,52 @@ def step(record: dict[str, Any]) -> str:
 def generate(record: dict[str, Any]) -> str:
     """Whole models, a decoded token."""
     columns = ["what", "ours ms", "peer ms", "x peer", "floor ms", "of floor %", "ours cache MB"]
+    rows = [row for row in record["rows"] if "floor ms" in row]
+    return table(rows, [c for c in columns if any(c in row for row in rows)])
+
+
+def prompts(record: dict[str, Any]) -> str:
+    """Whole models, the prompt."""
+    rows = [row for row in record["rows"] if row["what"].startswith("prefill")]
+    return table(rows, ["what", "ours ms", "peer ms", "x peer"]) if rows else ""
+
+
+def train(record: dict[str, Any]) -> str:
+    """Whole models, forward + backward."""
+    columns = ["case", "who", "ms", "x ours", "tokens/s", "peak GiB", "of matmul %"]
     return table(record["rows"], [c for c in columns if any(c in row for row in record["rows"])])
 
 
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "ops": ("The operator, forward and forward + backward", ops),
-    "blocks": ("One pass over time (the forward is one, the backward three)", blocks),
-    "step": ("The decode step in a CUDA graph, averaged over whole buffer cycles", step),
-    "generate": ("Whole models with random weights, greedy, per decoded token", generate),
-}
+def fused(record: dict[str, Any]) -> str:
+    """What surrounds the operator."""
+    columns = ["kernel", "shape", "us", "torch us", "x torch", "both us", "both x torch"]
+    return table(record["rows"], columns)
+
+
+# (file, title, how)
+TABLES: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
+    ("ops", "The operator, forward and forward + backward", ops),
+    ("blocks", "One pass over time (the forward is one, the backward three)", blocks),
+    ("step", "The decode step in a CUDA graph, averaged over whole buffer cycles", step),
+    ("generate", "Whole models with random weights, greedy, per decoded token", generate),
+    ("generate", "The same models, a prompt", prompts),
+    ("train", "The same models, forward + backward", train),
+    ("fused", "What surrounds the operator, alone and with its gradients", fused),
+]
 
 
 def readme(results: Path = RESULTS) -> str:
     """README.md with the tables of the results in place of those it holds."""
     parts = []
-    for name, (title, make) in TABLES.items():
+    for name, title, make in TABLES:
         path = results / f"{name}.json"
-        if path.exists():
-            record = json.loads(path.read_text())
+        record = json.loads(path.read_text()) if path.exists() else None
+        if record is not None and (made := make(record)):
             versions = ", ".join(f"{n} {record['versions'][n]}" for n in ("torch", "triton") if n in record["versions"])
-            copy = record["copy_bytes_per_second"] / 1e12
-            where = f"{record['device']}, {versions}, copy {copy:.2f} TB/s"
-            parts += [f"{title} (`{name}.py`; {where}):", make(record)]
+            where = f"{record['device']}, {versions}"
+            if "copy_bytes_per_second" in record:
+                where += f", copy {record['copy_bytes_per_second'] / 1e12:.2f} TB/s"
+            parts += [f"{title} (`{name}.py`; {where}):", made]
     before, rest = README.read_text().split(BEGIN)
     return before + "\n\n".join([BEGIN, *parts, END]) + rest.split(END, 1)[1]
 
