@@ -16,6 +16,9 @@ if not CUDA:
 # as processes of their own reads the variable; torch, which is there already, has to be told.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
+# A compile test in each of many processes would start as many compiling ones as there are cores.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 
 @pytest.fixture
 def auto_classes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ class OwnBlock(nn.Module):
         self.mlp, self.first, self.second = LlamaMLP(config), LlamaRMSNorm(32), LlamaRMSNorm(32)
 
     def forward(self, x: torch.Tensor, masks: tuple[Any, Any], **options: Any) -> torch.Tensor:
-        x = x + self.attention(self.first(x), attention_mask=masks[not self.linear], **options)[0]
+        x = x + self.attention(self.first(x), attention_mask=masks[int(not self.linear)], **options)[0]
         return x + self.mlp(self.second(x))
 
 
