@@ -74,6 +74,9 @@ def test_what_does_not_fit_says_why() -> None:
     biased = experts()
     biased.has_bias = True
     assert "without bias" in str(misfit(biased, 1))
+    turned = experts()
+    turned.down_proj.data = turned.down_proj.data.mT.contiguous().mT
+    assert "not contiguous" in str(misfit(turned, 1))
     if DEVICE == "cpu":
         assert "not on a CUDA device" in str(misfit(experts(), 1))
 

@@ -29,6 +29,8 @@ def misfit(experts: nn.Module, tokens: int) -> str | None:
         return "the experts have another form than a gate, up and down projection without bias"
     if type(given)._apply_gate.__module__ != "transformers.integrations.moe" or type(given.act_fn) is not _silu():
         return "the experts' gate is another than silu(gate) * up"
+    if not (given.gate_up_proj.is_contiguous() and given.down_proj.is_contiguous()):
+        return "the experts' weights are not contiguous"
     if not given.down_proj.is_cuda:
         return "the experts are not on a CUDA device"
     return available_methods(given.down_proj.device, given.down_proj.dtype)["triton"]
