@@ -30,7 +30,8 @@ def recordable_experts(base: Any, tokens: int) -> tuple[list[str], str | None]:
     if not weights or getattr(base.config, "_experts_implementation", None) not in _ASKING:
         return [], None
     found = []
-    if all(fused.misfit(module, tokens) is None for module in experts):
+    lacking = next((reason for module in experts if (reason := fused.misfit(module, tokens)) is not None), None)
+    if lacking is None:
         fused.register()
         found.append(fused.NAME)
     if all(_groups(weight) for weight in weights):
@@ -41,8 +42,8 @@ def recordable_experts(base: Any, tokens: int) -> tuple[list[str], str | None]:
     if found:
         return found, None
     return [], (
-        f"a step of {tokens} tokens would copy {copied >> 20} MB of experts' weights a layer, and only bfloat16 on "
-        "GPUs of capability 9 has experts in one kernel"
+        f"a step of {tokens} tokens would copy {copied >> 20} MB of experts' weights a layer, only bfloat16 on GPUs "
+        f"of capability 9 has experts in one kernel of torch, and leet_hf's own do not serve: {lacking}"
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import decay as formulas
 from .attend import attend
 from .cache import RecurrentLayer
-from .fused.norm import rms_norm, way_of
+from .fused.norm import GATE_NAMES, rms_norm, way_of
 from .fused.rotary import turned
 from .layer import fixed_log_decay
 from .shapes import RecurrentShape
@@ -31,7 +31,6 @@ FORMULAS: dict[str, Callable[..., formulas.LogDecays]] = {
     "retnet_language_model": formulas.retnet_language_model,
 }
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"swish": nn.functional.silu, "sigmoid": torch.sigmoid}
-KERNEL_GATES = {"swish": "silu", "sigmoid": "sigmoid", None: "linear"}  # in the words of `rms_norm`
 TEMPER = 16.0  # divides learned log decays: the gate_logit_normalizer of gated linear attention, arXiv 2312.06635
 
 
@@ -199,7 +198,7 @@ class DecayLinearAttention(nn.Module):
                     o, norm.weight,
                     eps=norm.eps,
                     gate=None if gate is None else gate.view(o.shape),
-                    activation=KERNEL_GATES[self.gate],
+                    activation=GATE_NAMES[self.gate],
                     each=False,
                     dtype=dtype,
                     method=self.method,

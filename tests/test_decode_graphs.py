@@ -67,7 +67,7 @@ def test_modes_are_right(name: str, layout: str, recorders: list[FakeRecorder]) 
     model = patched(tiny.model(layout))
     outcome = check(MODES[name], model, truth=truth_of(layout))
     assert outcome.agrees, outcome.reason
-    assert replays(recorders) > (0 if name == "early-exit" else 10)  # fewer with transformers 5.17
+    assert replays(recorders) > (0 if name == "early-exit" and CACHE != "cache" else 10)  # fewer with transformers 5.17
 
 
 @pytest.mark.parametrize("kind", ["fla", "torchscale", "hybrid"])

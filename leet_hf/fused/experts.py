@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from leet_linear_attention.dispatch import available_methods
+
+from .glu import activation_name
 
 NAME = "leet_hf"
 MOST_TOKENS = 64  # all of them are in every program's tile
@@ -27,7 +28,7 @@ def misfit(experts: nn.Module, tokens: int) -> str | None:
     plain = given.has_gate and not given.has_bias and not given.is_transposed and given.is_concatenated
     if not plain or getattr(given, "has_post_expert_norm", False) or getattr(given, "_is_expert_parallel", False):
         return "the experts have another form than a gate, up and down projection without bias"
-    if type(given)._apply_gate.__module__ != "transformers.integrations.moe" or type(given.act_fn) is not _silu():
+    if type(given)._apply_gate.__module__ != "transformers.integrations.moe" or activation_name(given.act_fn) != "silu":
         return "the experts' gate is another than silu(gate) * up"
     if not (given.gate_up_proj.is_contiguous() and given.down_proj.is_contiguous()):
         return "the experts' weights are not contiguous"
@@ -43,7 +44,8 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     """
     from leet_linear_attention.triton.launcher import device_index
 
-    up, down = _launchers()
+    from .experts_kernel import down, up  # imports triton
+
     x = hidden_states.contiguous()
     index, share = top_k_index.contiguous(), top_k_weights.contiguous()
     into_up: Tensor = self.gate_up_proj  # type: ignore[assignment]
@@ -71,20 +73,3 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 def register() -> None:
     """Make the name known to Transformers, as attention and experts implementations are."""
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
-
-
-def _silu() -> type[nn.Module]:
-    return type(ACT2FN["silu"])
-
-
-def _launchers() -> tuple[Any, Any]:
-    if not _made:
-        from leet_linear_attention.triton.launcher import Launcher
-
-        from .experts_kernel import down_kernel, up_kernel
-
-        _made.extend((Launcher(up_kernel), Launcher(down_kernel)))
-    return _made[0], _made[1]
-
-
-_made: list[Any] = []

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from leet_linear_attention.triton.common import dot
+from leet_linear_attention.triton.launcher import Launcher
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -83,3 +84,6 @@ def down_kernel(
                 product += dot(h, tl.trans(w))
             total += product.to(kind).to(tl.float32) * share[:, None]
     tl.store(out_ptr + t[:, None] * D + d[None, :], total.to(kind), mask=mask_t[:, None] & mask_d[None, :])
+
+
+up, down = Launcher(up_kernel), Launcher(down_kernel)

@@ -11,6 +11,8 @@ from torch import Tensor
 from .route import NARROW, route, wants_gradient
 
 ACTIVATIONS = {"linear": lambda x: x, "sigmoid": torch.sigmoid, "silu": F.silu}
+# What configs call them.
+GATE_NAMES = {"swish": "silu", "silu": "silu", "sigmoid": "sigmoid", None: "linear"}
 MOST = 16384  # columns of a program
 
 

@@ -30,6 +30,8 @@ def routed(x: Tensor, weight: Tensor, top_k: int) -> Routed:
     """`formula` in one launch, without gradients; of equal logits the lower expert is chosen."""
     from leet_linear_attention.triton.launcher import device_index
 
+    from .router_kernel import route_tokens  # imports triton
+
     x = x.contiguous()
     tokens, (experts, width) = x.shape[0], weight.shape
     logits = x.new_empty(tokens, experts)
@@ -37,7 +39,7 @@ def routed(x: Tensor, weight: Tensor, top_k: int) -> Routed:
     index = x.new_empty(tokens, top_k, dtype=torch.int64)
     padded = max(2, 1 << (experts - 1).bit_length())
     step = max(32, 4096 // padded)
-    _launcher()(
+    route_tokens(
         (tokens,), device_index(x), (x, weight, logits, share, index), (experts,),
         (width, top_k, padded, step, max(2, 1 << (top_k - 1).bit_length())), 4, 1,
     )  # fmt: skip
@@ -91,16 +93,3 @@ def is_formula(forward: Callable[..., Any]) -> bool:
                 if not isinstance(a, Tensor) or a.dtype != b.dtype or not torch.equal(a, b):
                     return False
     return True
-
-
-def _launcher() -> Any:
-    if not _made:
-        from leet_linear_attention.triton.launcher import Launcher
-
-        from .router_kernel import router_kernel
-
-        _made.append(Launcher(router_kernel))
-    return _made[0]
-
-
-_made: list[Any] = []

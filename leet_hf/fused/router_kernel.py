@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from leet_linear_attention.triton.launcher import Launcher
+
 
 @triton.jit(do_not_specialize=["E"])
 def router_kernel(
@@ -40,3 +42,6 @@ def router_kernel(
     shares = shares / tl.sum(shares, 0) + (total - total)  # a maximum passes NaN over
     tl.store(share_ptr + t * TOP + place, shares, mask=place < TOP)
     tl.store(index_ptr + t * TOP + place, chosen, mask=place < TOP)
+
+
+route_tokens = Launcher(router_kernel)

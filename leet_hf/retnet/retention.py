@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..adapters.base import Projected
-from ..fused.norm import rms_norm, way_of
+from ..fused.norm import GATE_NAMES, rms_norm, way_of
 from ..fused.rotary import turned
 from ..layer import LayerBinding, layer_forward
 from ..shapes import RecurrentShape
@@ -22,7 +22,6 @@ from .projections import ScaledLinear
 
 # The norm of the heads has another name where flash-linear-attention fuses it with the gate.
 FUSED_GATES = ("swish", "silu")
-KERNEL_GATES = {"swish": "silu", "silu": "silu", "sigmoid": "sigmoid"}  # in the words of `rms_norm`
 
 
 class RetNetRetention(nn.Module):
@@ -91,7 +90,7 @@ class RetNetRetention(nn.Module):
                 o, norm.weight,
                 eps=norm.eps,
                 gate=None if gate is None else gate.unflatten(-1, (-1, config.value_dim)),
-                activation=KERNEL_GATES[config.gate_activation],
+                activation=GATE_NAMES[config.gate_activation],
                 each=False,
                 dtype=hidden_states.dtype,
                 method=self._leet.method,
@@ -104,7 +103,7 @@ class RetNetRetention(nn.Module):
 
     def _fuses(self, norm: nn.Module, o: Tensor, gate: Tensor | None, dtype: torch.dtype) -> bool:
         """Whether one kernel does norm, gate and casts: its norm and gate are these, and nothing else acts on them."""
-        if type(norm) is not RetNetRMSNorm or not calls_own(norm) or self.config.gate_activation not in KERNEL_GATES:
+        if type(norm) is not RetNetRMSNorm or not calls_own(norm) or self.config.gate_activation not in GATE_NAMES:
             return False
         return way_of(self._leet.method, dtype, o, norm.weight, gate) != "torch"
 
