@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from untuned import take_the_first_that_runs
+
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4, "intermediate_size": 64, "vocab_size": 64,
     "initializer_range": 0.1, "fuse_cross_entropy": False,
@@ -118,6 +120,8 @@ def main(folder: Path, first: str) -> None:
         return
     if device == "cpu":
         run_on_the_cpu()
+    else:
+        take_the_first_that_runs()
     for name, options in MODELS.items():
         answers(folder / name, options, device)
 

@@ -19,6 +19,7 @@ from leet_hf import patch_model, patch_report
 from leet_hf.decay import retnet
 from leet_hf.modes import Truth
 from leet_hf.modes.truth import relative_error
+from untuned import take_the_first_that_runs
 
 SETTINGS: dict[str, Any] = {
     "vocab_size": tiny.VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_heads": 4,
@@ -196,9 +197,10 @@ def test_what_is_not_as_expected_is_refused(case: str) -> None:
 
 
 @pytest.mark.gpu
-def test_the_classes_of_the_package(auto_classes: None) -> None:
+def test_the_classes_of_the_package(auto_classes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits, gradients and greedy decoding of flash-linear-attention's own model, where it is installed."""
     theirs = pytest.importorskip("fla.models")
+    take_the_first_that_runs(monkeypatch.setattr)
     model = stock(theirs.RetNetForCausalLM, theirs.RetNetConfig, fuse_cross_entropy=False).cuda()
     ids = torch.tensor(tiny.prompts((40, 40)), device="cuda")  # up to 64 FLA takes no products of TF32
     ours = patch_model(copy.deepcopy(model))
