@@ -12,6 +12,7 @@ from transformers import Cache
 
 from .cache import SLACK
 from .decoding import PASS, Decoding
+from .fused.loss import install_loss, restore_loss
 from .host import HostBinding, masks_by_kind
 from .hosts.remote import kinds_of
 from .module import recurrent_modules
@@ -47,6 +48,7 @@ def install_generation(model: nn.Module, host: HostBinding) -> None:
         entries["_is_stateful"] = False  # it says that tokens can not be taken back, which our layers can
     model.__dict__["_leet"] = GenerationBinding(host.spec, tuple(entries), forward, has_entry(model))
     model.__dict__.update(entries)
+    install_loss(model)
     if forward is not None:
         install_forward(model, forward)
 
@@ -56,6 +58,8 @@ def restore_generation(model: nn.Module) -> None:
     binding = model.__dict__.pop("_leet", None)
     for name in binding.replaced if binding is not None else ():
         model.__dict__.pop(name, None)
+    if binding is not None:
+        restore_loss(model)
     if binding is not None and binding.forward is not None:
         restore_forward(model, binding.forward, binding.had_entry)
 

@@ -11,6 +11,7 @@ from torch import nn
 from leet_linear_attention import available_methods
 
 from .adapters import Adapter, adapters
+from .fused.loss import has_loss
 from .fused.norms import NormBinding, norm_forward, norms_of
 from .generation import GenerationBinding, RecurrentGeneration, install_generation, restore_generation
 from .host import HostBinding
@@ -44,7 +45,8 @@ def patch_model(model: Model, *, method: str = "auto", decode_graphs: bool = Tru
     """Make a model's linear-attention layers right and fast: recurrent cache, exact padding and packing, fp32 states.
 
     Replaces the forward of the recognised layers, of their base model and of its RMSNorms (one kernel on CUDA) on this
-    instance alone, and lets its generate() use standard caches. Parameters, buffers, config, class and everything
+    instance alone, lets its generate() use standard caches, and computes transformers' loss of causal language models,
+    unless the model has another, in pieces. Parameters, buffers, config, class and everything
     `save_pretrained` writes stay as they are. Patching a patched model, or one of `leet_hf`'s own (RetNet), only sets
     `method` and `decode_graphs`.
 
@@ -128,6 +130,8 @@ def patch_report(model: nn.Module) -> PatchReport:
         if isinstance(binding, GenerationBinding):
             lines.append(f"{name or 'model'} ({type(module).__name__}): generate() prepares standard caches")
             lines.append(binding.decoding.describe(module, module.base_model))
+            if has_loss(module):
+                lines.append("loss: in pieces, no float32 copy of the logits")
     return PatchReport(tuple(layers), tuple(lines))
 
 

@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from ..decoding import through_graphs
+from ..fused.loss import install_loss
 from ..generation import GenerationBinding, RecurrentGeneration
 from ..host import HostBinding, prepare, real_positions
 from ..packing import sequence_positions
@@ -166,6 +167,7 @@ class RetNetForCausalLM(RetNetPreTrainedModel, RecurrentGeneration, GenerationMi
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._leet = GenerationBinding(self.model._leet.spec, ())
         self.post_init()
+        install_loss(self)
 
     @classmethod
     def from_torchscale(cls, source: Any, *, config: Any = None, origin: str = "auto", **kwargs: Any) -> Any:
