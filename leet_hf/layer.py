@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .attend import attend
 from .cache import RecurrentLayer
+from .fused.remade import remake
 from .versions import CACHE, cache_argument
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def layer_forward(
     binding: LayerBinding = self._leet  # type: ignore[assignment]
     adapter = binding.adapter
     past = cache_argument(past_key_values, cache)
-    q, k, v, log_decay, rest = adapter.project(self, hidden_states, position_embeddings)
+    q, k, v, log_decay, rest, again = adapter.project(self, hidden_states, position_embeddings)
     o, state = attend(
         q, k, v, binding.log_decay(q) if log_decay is None else log_decay,
         scale=adapter.scale(self),
@@ -87,6 +88,9 @@ def layer_forward(
         layer=None if past is None else _own_layer(past, binding.index),
         return_state=bool(kwargs.get("output_attentions")),
     )  # fmt: skip
+    if again is not None and o.requires_grad:
+        remake(o, (q, k, v), again)
+        del q, k, v, again
     return adapter.finish(self, o, hidden_states, rest), state
 
 

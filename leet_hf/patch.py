@@ -11,6 +11,7 @@ from torch import nn
 from leet_linear_attention import available_methods
 
 from .adapters import Adapter, adapters
+from .fused.expert_gate import gated_experts, has_gate, install_gate, restore_gate
 from .fused.loss import has_loss
 from .fused.norms import NormBinding, norm_forward, norms_of
 from .generation import GenerationBinding, RecurrentGeneration, install_generation, restore_generation
@@ -91,6 +92,7 @@ def unpatch_model(model: Model) -> Model:
     Nor to one of `leet_hf`'s own models, which is right without patching.
     """
     for module in model.modules():
+        restore_gate(module)
         binding = module.__dict__.get("_leet")
         if isinstance(binding, Binding):
             if not _is_native(binding):
@@ -114,6 +116,9 @@ def patch_report(model: nn.Module) -> PatchReport:
         lines.append(f"{host.name or 'model'} ({type(host.module).__name__}): {state}")
         if host.norms:
             lines.append(f"norms: {len(host.norms)} {'fused' if patched else 'to be fused'} on CUDA")
+        gates = len(gated_experts(host.module))
+        if gates:
+            lines.append(f"experts: gates of {gates} {'fused' if patched else 'to be fused'} on CUDA")
         recurrent = {id(module): binding for _, module, binding in host.layers}
         adapted = {id(module) for _, module, _ in host.softmax}
         for index, (path, attention) in enumerate(host.binding.adapter.attentions(host.module)):
@@ -280,6 +285,10 @@ def _apply(host: _Host, model: nn.Module, undo: list[Callable[[], None]]) -> Non
         if not _is_patched(norm):
             undo.append(lambda norm=norm: _restore(norm))  # type: ignore[misc]
             _install(norm, norm_forward, norm_bound)
+    for experts in gated_experts(base):
+        if not has_gate(experts):
+            undo.append(lambda experts=experts: restore_gate(experts))  # type: ignore[misc]
+            install_gate(experts)
     for _, head in _heads(model, base):
         if not _is_patched(head):
             undo.append(lambda head=head: restore_generation(head))  # type: ignore[misc]

@@ -26,7 +26,8 @@ class Projected(NamedTuple):
     """What a layer projects its input to.
 
     q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V] in one dtype; log_decay None where the layer's decays are fixed,
-    else float32 [B, T, H]; rest: whatever `finish` needs besides.
+    else float32 [B, T, H]; rest: whatever `finish` needs besides. again: makes q, k and v once more, bit for bit, from
+    what autograd keeps anyway, so that it need not keep them; None where that can not be.
     """
 
     q: Tensor
@@ -34,6 +35,7 @@ class Projected(NamedTuple):
     v: Tensor
     log_decay: Tensor | None = None
     rest: Any = None
+    again: Callable[[], tuple[Tensor, ...]] | None = None
 
 
 class Adapter(ABC):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import decay as formulas
 from ..fused.glu import activation_name
 from ..fused.norms import gated_norm
-from ..fused.silu_split import silu_split
+from ..fused.silu_split import silu_split, split_again
 from ..host import LINEAR, decoder_forward
 from ..shapes import RecurrentShape, SoftmaxShape
 from ..slots import stored_tensor
@@ -80,7 +80,8 @@ class MiniMaxAdapter(Adapter):
     def project(self, layer: Any, hidden_states: Tensor, position_embeddings: Any) -> Projected:
         packed = layer.qkv_proj(hidden_states)
         if activation_name(layer.act_fn) == "silu":
-            return Projected(*silu_split(packed, layer.head_dim, method=layer._leet.method))
+            again = split_again(packed, layer.head_dim)
+            return Projected(*silu_split(packed, layer.head_dim, method=layer._leet.method), again=again)
         q, k, v = layer.act_fn(packed).unflatten(-1, (-1, 3 * layer.head_dim)).chunk(3, dim=-1)
         return Projected(q, k, v)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import decay as formulas
 from ..fused.glu import activation_name
 from ..fused.norms import gated_norm
-from ..fused.silu_split import silu_split
+from ..fused.silu_split import silu_split, split_again
 from ..hosts.head import STRICT_HEAD_METHODS
 from ..hosts.lightning import Dialect, lightning_forward, lightning_layer_forward, softmax_in_context
 from ..hosts.softmax import softmax_forward
@@ -106,7 +106,8 @@ class MiniMaxText01Adapter(Adapter):
     def project(self, layer: Any, hidden_states: Tensor, position_embeddings: Any) -> Projected:
         packed = layer.qkv_proj(hidden_states)
         if activation_name(layer.act) == "silu":
-            return Projected(*silu_split(packed, layer.head_dim, method=layer._leet.method))
+            again = split_again(packed, layer.head_dim)
+            return Projected(*silu_split(packed, layer.head_dim, method=layer._leet.method), again=again)
         q, k, v = layer.act(packed).unflatten(-1, (-1, 3 * layer.head_dim)).chunk(3, dim=-1)
         return Projected(q, k, v)
 

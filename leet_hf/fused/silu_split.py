@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +24,13 @@ def silu_split(packed: Tensor, dim: int, *, method: str = "auto") -> tuple[Tenso
     if wants_gradient(packed) and route(method, packed) == "kernel":
         return _SiluSplit.apply(unit_last_stride(packed), dim)
     return _by_formula(packed, dim)
+
+
+def split_again(packed: Tensor, dim: int) -> Callable[[], tuple[Tensor, Tensor, Tensor]] | None:
+    """What makes the results of `silu_split` again, bit for bit; None without gradients, which keep `packed` anyway."""
+    if torch.compiler.is_compiling() or not wants_gradient(packed):
+        return None
+    return functools.partial(_by_formula, packed.detach(), dim)
 
 
 def _by_formula(packed: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
