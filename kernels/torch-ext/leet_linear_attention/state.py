@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import DTYPES, check_append, check_load, looks_at_values
-from .torch_step import fold_tokens, per_token
+from .torch_step import fold_held, fold_tokens, per_token
 
 
 @dataclass(eq=False)
@@ -87,7 +87,10 @@ class DecodeState:
 
     def fold(self) -> Tensor:
         """Take every buffered token into the base state and return it: `[B, H, K, V]`, the live tensor, not a copy."""
-        self._fold_oldest(self.cursor[1])
+        if self.cursor.device.type != "cpu" or not looks_at_values(self.cursor):
+            self._fold_oldest(self.cursor[1])
+        elif count := int(self.cursor[1]):
+            self._fold_held(count)
         return self.base
 
     @torch.no_grad()
@@ -165,6 +168,17 @@ class DecodeState:
     @torch.inference_mode(False)
     def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
         self.base, self.keys, self.values, self.log_decays = (change(x) for x in self._rows())
+
+    def _fold_held(self, count: int) -> None:
+        """Take all `count` tokens held into base, where the host knows their number: no others are read."""
+        start, slots = int(self.cursor[0]), self.keys.shape[1]
+        if start + count <= slots:
+            held = [x.narrow(1, start, count) for x in (self.keys, self.values, self.log_decays)]
+        else:
+            place = (start + torch.arange(count, device=self.base.device)) % slots
+            held = [x.index_select(1, place) for x in (self.keys, self.values, self.log_decays)]
+        fold_held(self.base, *held)
+        self.cursor.zero_()
 
     def _fold_oldest(self, fold: Tensor) -> None:
         """Take the `fold` oldest tokens (a device scalar) into base: works on every slot, masking the others."""

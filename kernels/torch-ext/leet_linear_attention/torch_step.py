@@ -5,6 +5,8 @@ Reads the cursor on the host, so it waits for a device that is not the CPU and c
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,16 @@ def fold_tokens(base: Tensor, keys: Tensor, values: Tensor, log_decays: Tensor) 
     base.mul_(end.exp().to(base.dtype).unsqueeze(-1)).add_(update)
 
 
+def fold_held(base: Tensor, keys: Tensor, values: Tensor, log_decays: Tensor) -> None:
+    """As `fold_tokens` in fewer calls, where nothing traces and no CUDA graph is captured."""
+    batch, heads, key_dim, value_dim = base.shape
+    wide = torch.float64
+    factors = _factors(log_decays.to(wide), batch * heads)
+    weighed = _lanes(keys, heads, wide).mT * factors[..., 1:]
+    update = torch.bmm(weighed, _lanes(values, heads, wide))
+    base.view(batch * heads, key_dim, value_dim).mul_(factors[..., :1].to(base.dtype)).add_(update)
+
+
 @full_precision
 def step(
     q: Tensor,
@@ -78,7 +90,7 @@ def step(
         out = _several_tokens(q, *held, base, scale)
     fold = 0 if count + tokens <= buffer else min(count, count + tokens - max(keep, tokens))
     if fold:
-        fold_tokens(base, *(x[:, :fold] for x in held))
+        fold_held(base, *(x[:, :fold] for x in held))
         cursor[0].fill_((start + fold) % keys.shape[1])
     cursor[1].fill_(count - fold + tokens)
     return out
@@ -98,16 +110,18 @@ def _append(
     count: int,
 ) -> Held:
     """Put one token into the rings, which hold `count` tokens from slot `start` on and do not wrap: views."""
-    end = start + count
-    keys[:, end : end + 1] = k
-    values[:, end : end + 1] = v
+    total = count + 1
+    held = keys.narrow(1, start, total), values.narrow(1, start, total), log_decays.narrow(1, start, total)
+    keys.narrow(1, start + count, 1).copy_(k)
+    values.narrow(1, start + count, 1).copy_(v)
+    decay = log_decays.narrow(1, start + count, 1)
     if log_decay is None:
-        log_decays[:, end].zero_()
-    elif log_decay.shape[-1] == log_decays.shape[-1]:
-        log_decays[:, end : end + 1] = log_decay
+        decay.zero_()
+    elif log_decay.shape[-1] == decay.shape[-1]:
+        decay.copy_(log_decay)
     else:
-        log_decays[:, end : end + 1] = per_token(log_decay, log_decays, 1)
-    return tuple(ring[:, start : end + 1] for ring in (keys, values, log_decays))  # type: ignore[return-value]
+        decay.copy_(per_token(log_decay, log_decays, 1))
+    return held
 
 
 def _append_many(
@@ -139,16 +153,38 @@ def _append_many(
 def _one_token(q: Tensor, keys: Tensor, values: Tensor, log_decays: Tensor, base: Tensor, scale: float) -> Tensor:
     """o `[B, 1, H, V]` of the newest token held, as `_several_tokens` in fewer calls, which are what costs."""
     batch, heads, key_dim, value_dim = base.shape
-    lanes = batch * heads
-    running = running_decay(log_decays)  # [B, H, n]
-    now = running[..., -1:]
-    # of the state, then of every token held
-    factors = torch.cat((now, now - running), -1).to(base.dtype).exp_().view(lanes, 1, -1)
-    query, key, value = (by_head(x, heads, base.dtype).reshape(lanes, -1, x.shape[-1]) for x in (q, keys, values))
-    weights = torch.bmm(query, key.mT).mul_(factors[..., 1:])
-    out = torch.bmm(query.mul(factors[..., :1]), base.view(lanes, key_dim, value_dim))
-    out = out.baddbmm_(weights, value, beta=scale, alpha=scale)
-    return out.view(batch, 1, heads, value_dim).to(q.dtype)
+    lanes, dtype = batch * heads, base.dtype
+    factors = _factors(log_decays, lanes)
+    query, key, value = (_lanes(x, heads, dtype) for x in (q, keys, values))
+    weights = torch.bmm(query, key.mT).mul_(factors.narrow(2, 1, keys.shape[1]))
+    out = torch.bmm(query, base.view(lanes, key_dim, value_dim)).mul_(factors.narrow(2, 0, 1))
+    out = out.baddbmm_(weights, value, beta=scale, alpha=scale).view(batch, 1, heads, value_dim)
+    return out if q.dtype == dtype else out.to(q.dtype)
+
+
+def _factors(log_decays: Tensor, lanes: int) -> Tensor:
+    """`[B * H, 1, n + 1]` for log_decays `[B, n, H]`: the decay of the state, then of every token, to the last one.
+
+    Each from the sum of what follows: nothing is subtracted, so float32 is exact enough.
+    """
+    batch, tokens, _ = log_decays.shape
+    later = _later(tokens, log_decays.dtype, log_decays.device)
+    sums = torch.mm(log_decays[0].t(), later) if batch == 1 else torch.matmul(log_decays.mT, later)
+    return sums.exp_().view(lanes, 1, tokens + 1)
+
+
+def _lanes(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """Tokens `[B, n, h, D]` as `[B * heads, n, D]` in `dtype`: a view of one row of as many heads in that dtype."""
+    if x.shape[0] == 1 and x.shape[2] == heads and x.dtype == dtype:
+        return x[0].transpose(0, 1)
+    return by_head(x, heads, dtype).flatten(0, 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _later(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`[n, n + 1]`: 1 where the token (row) comes after the state (column 0) or after token column - 1."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.ones(tokens, tokens + 1, dtype=dtype, device=device).tril()
 
 
 def _several_tokens(q: Tensor, keys: Tensor, values: Tensor, log_decays: Tensor, base: Tensor, scale: float) -> Tensor:
