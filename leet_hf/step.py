@@ -13,6 +13,7 @@ from leet_linear_attention import step_asks_the_device
 from .arena import Arena, StepRecurrent, StepSoftmax
 from .cache import lasting_tensors
 from .experts import experts_set_to, recordable_experts
+from .fused.joined import Joined
 from .fused.router import routers_in_one_launch
 from .fused.spared import Spared
 from .layer import LayerBinding
@@ -35,6 +36,7 @@ class Step:
         self._experts, self.refused = recordable_experts(base, arena.rows * tokens)
         self.refused = self.refused or _state_obstacle(arena, base, tokens)
         self.proven = False  # whether it has run
+        self._joined = Joined()
         self.recorded: Recorded | None = None
         self._output_type: Any = None
         with lasting_tensors():
@@ -73,7 +75,7 @@ class Step:
                 if isinstance(layer, StepSoftmax):
                     layer.slots, layer.window = slots, self.window
             masks["full_attention"] = self._mask(base, slots)
-        with experts_set_to(base, self.experts), routers_in_one_launch(base), Spared():
+        with experts_set_to(base, self.experts), routers_in_one_launch(base), Spared(), self._joined:
             output = self._forward(
                 base,
                 input_ids=self.ids,
