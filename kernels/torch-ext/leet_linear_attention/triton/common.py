@@ -21,28 +21,41 @@ def dot(x, y):
 
 
 @triton.jit
-def largest(x):
-    """Largest absolute entry, 1 for zeros: float16 operands are divided by it, so that none overflows or vanishes."""
-    top = tl.max(tl.max(tl.abs(x), 1), 0)
-    return tl.where(top > 0, top, 1.0)
+def factors(top, LEAST: tl.constexpr, ROOM: tl.constexpr):
+    """(up, down), powers of two whose product is 1: up takes ``top``, >= 0, to [2^ROOM, 2^(ROOM + 1)).
+
+    Only the exponent is read, so that scaling rounds nothing and costs no division. Below 2^LEAST up stays the same:
+    it must not take what it is applied to besides past float32's range.
+    """
+    power = tl.maximum(top.to(tl.int32, bitcast=True) & 0x7F800000, (127 + LEAST) << 23)
+    power = tl.minimum(power, 252 << 23)  # infinities and NaN stay what they are
+    up = ((253 << 23) - power).to(tl.float32, bitcast=True) * (2 << ROOM)
+    return up, (power - (ROOM << 23)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def narrow_dot(x, y, IS_FP16: tl.constexpr):
-    """x @ y with x float32 brought to y's type."""
+    """x @ y with x float32 (scores) brought to y's type."""
     if IS_FP16:
-        top = largest(x)
-        return dot((x / top).to(y.dtype), y) * top
+        up, down = factors(tl.max(tl.abs(x), 1), -100, 14)
+        return dot((x * up[:, None]).to(y.dtype), y) * down[:, None]
     else:
         return dot(x.to(y.dtype), y)
 
 
 @triton.jit
+def dot_scaled(x, y):
+    """(x @ y / down, down) with y float32 brought to x's type, float16: one factor, so that no entry overflows."""
+    up, down = factors(tl.max(tl.abs(y), None), -100, 14)
+    return dot(x, (y * up).to(x.dtype)), down
+
+
+@triton.jit
 def dot_narrow(x, y, IS_FP16: tl.constexpr):
-    """x @ y with y float32 (a state, or decayed values) brought to x's type."""
+    """x @ y with y float32 (a state) brought to x's type."""
     if IS_FP16:
-        top = largest(y)
-        return dot(x, (y / top).to(x.dtype)) * top
+        product, down = dot_scaled(x, y)
+        return product * down
     else:
         return dot(x, y.to(x.dtype))
 

@@ -97,7 +97,7 @@ class Sweep:
         self.y = like.c.shape[-1]
         self.index = device_index(a)
         self.decay = 0 if log_decay is None else (1 if log_decay.dim() == 1 else 2)
-        self.config = config or tuning.sweep_config(self.x, self.y, a.element_size(), self.decay, self.index)
+        self.config = config or tuning.sweep_config(self.x, self.y, a.dtype, self.decay, self.index)
         self.sequences = sequence_count(a, like.cu_seqlens)
         self.parts = tuning.blocks(self.x, self.config.block_x)
         self.tiles = tuning.blocks(self.y, self.config.block_y) * self.parts  # of the state; each gives its own terms

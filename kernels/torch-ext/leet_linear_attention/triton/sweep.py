@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import decayed, dot, dot_narrow, narrow_dot
+from .common import decayed, dot, dot_scaled, factors, narrow_dot
 from .decay_gradient import chunk_terms
 
 
@@ -100,6 +100,8 @@ def sweep_kernel(
     S = tl.zeros((BX, BY), dtype=tl.float32)
     if HAS_S_IN:
         S += tl.load(s_in_ptr + i_state + o_state, mask=mask_state, other=0.0)
+    # float16: the state is ``held`` times S, so that scaling decayed values changes but the factor of the decay.
+    held = tl.full((), 1.0, dtype=tl.float32)
     g_total = tl.zeros((), dtype=tl.float64)
     first = n_chunks * 0
 
@@ -150,7 +152,8 @@ def sweep_kernel(
             i_first = (bos // C + i_n) if PACKED else i_n * tl.cdiv(T, C)
             slot = ((i_first + (begin // C) + i_c) * H + i_h) * X * Y
         if HAS_CHUNKS:
-            tl.store(chunks_ptr + slot + o_chunk, S.to(chunks_ptr.dtype.element_ty), mask=mask_state)
+            state = S * held if IS_FP16 else S
+            tl.store(chunks_ptr + slot + o_chunk, state.to(chunks_ptr.dtype.element_ty), mask=mask_state)
 
         if HAS_OUT:
             a = tl.load(a_ptr + t0 * sat + (r[:, None] * sat + x[None, :]), mask=tile_x, other=0.0)
@@ -162,39 +165,64 @@ def sweep_kernel(
                 A *= D
             else:
                 A = tl.where(causal, A, 0.0)
-            o = dot_narrow(a, S, IS_FP16)
-            if DECAY != 0:
-                o *= to_row[:, None]
+            by = to_row if DECAY != 0 else tl.full((C,), 1.0, dtype=tl.float32)
+            if IS_FP16:
+                o, down = dot_scaled(a, S)
+                by *= down * held
+            else:
+                o = dot(a, S.to(a.dtype))
+            if HAS_TERMS or not IS_FP16:
+                if IS_FP16 or DECAY != 0:
+                    o *= by[:, None]
+                by = tl.full((C,), 1.0, dtype=tl.float32)
             if HAS_TERMS:
                 d = tl.load(d_ptr + t0 * sdt + (r[:, None] * sdt + y[None, :]), mask=tile_y, other=0.0)
                 before = tl.load(chunks_ptr + slot + o_chunk, mask=mask_state, other=0.0)
                 to_query = from_start if DECAY == 1 else tl.exp(G.to(tl.float32))
                 passing, ending = chunk_terms(
-                    A, b, c, d, o, S, before, to_query, tl.exp(g_chunk.to(tl.float32)), n_valid - 1, C, IS_FP16
+                    A, b, c, d, o, S, before, to_query, tl.exp(g_chunk.to(tl.float32)) * held, n_valid - 1, C, IS_FP16
                 )
                 tl.store(terms_ptr + (t0 + r) * H, passing, mask=mask_t)
                 tl.store(terms_ptr + TILES * rows.to(tl.int64) * H + (t0 + r) * H, ending, mask=mask_t)
+            to_out = tl.full((C,), 1.0, dtype=tl.float32) * scale
+            if IS_FP16:
+                # A factor for each row, whose largest entry is found within a warp. The least product of two entries is
+                # 2^-48; the part of the state must not overflow by it.
+                up, down = factors(tl.max(tl.abs(A), 1), -48, 0)
+                A *= up[:, None]
+                o *= (by * up)[:, None]
+                to_out *= down
             if APART:
                 # As a difference: a sum would become one accumulator, whose layout leaves half of eight warps idle.
-                o = o - narrow_dot(-A, c, IS_FP16)
+                o = o - narrow_dot(-A, c, False)
             else:
-                o += narrow_dot(A, c, IS_FP16)
+                o += narrow_dot(A, c, False)
             tl.store(
                 out_ptr + t0 * H * Y + (r[:, None] * (H * Y) + y[None, :]),
-                (o * scale).to(out_ptr.dtype.element_ty),
+                (o * to_out[:, None]).to(out_ptr.dtype.element_ty),
                 mask=tile_y,
             )
 
         if DECAY != 0:
-            S = decayed(S, g_chunk) if IS_FP32 else S * tl.exp(g_chunk)
+            added = c * to_end[:, None]
+            if IS_FP16:
+                # The decay over the chunk is at most that of any token, and float16's least entry is 2^-24: by this
+                # bound the state does not overflow where ``added`` is nothing.
+                kept = tl.exp(g_chunk)
+                up, down = factors(tl.maximum(tl.max(tl.abs(added), None), kept * (0.5**24)), -100, 8)
+                S *= kept * (held * up)
+                added *= up
+                held = down
+            else:
+                S = decayed(S, g_chunk) if IS_FP32 else S * tl.exp(g_chunk)
             if DECAY == 2:
                 g_total += g_chunk
-            S += dot_narrow(tl.trans(b), c * to_end[:, None], IS_FP16)
+            S += dot(tl.trans(b), added.to(b.dtype))
         else:
             S += dot(tl.trans(b), c)
 
     if HAS_S_OUT:
-        tl.store(s_out_ptr + i_state + o_state, S, mask=mask_state)
+        tl.store(s_out_ptr + i_state + o_state, S * held if IS_FP16 else S, mask=mask_state)
     if SEGMENTED and i_tile == 0:
         tl.store(g_sum_ptr + i_nh * n_segments + i_s, g_total)
 

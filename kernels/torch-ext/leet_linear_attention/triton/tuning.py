@@ -66,14 +66,16 @@ def processors(device_index: int) -> int:
 
 
 @functools.cache
-def sweep_config(x: int, y: int, itemsize: int, decay: int, device_index: int) -> SweepConfig:
+def sweep_config(x: int, y: int, dtype: torch.dtype, decay: int, device_index: int) -> SweepConfig:
     """Configuration of a sweep whose state is [x, y]. ``device_index`` -1 stands for Triton's interpreter.
 
     decay: 0 none, 1 per head, 2 per token.
     """
+    itemsize = dtype.itemsize
     config = _SWEEP[(min(block_of(x), _WIDEST_BLOCK), itemsize == 2)]
-    if decay == 2:
-        # Sums and exponentials of every chunk keep a program waiting: two on a processor fill each other's gaps.
+    if decay == 2 or (dtype == torch.float16 and config.block_x == 128):
+        # Sums and exponentials of every chunk, or the largest entry of a state in float16, keep a program waiting: two
+        # on a processor fill each other's gaps.
         config = config._replace(stages=min(config.stages, 2))
     # Narrower than 64 columns of 16-bit data, Triton 3.6 can read past its shared memory: a memory checker found it.
     config = config._replace(block_y=min(config.block_y, max(block_of(y), 64 if itemsize == 2 else 16)))
