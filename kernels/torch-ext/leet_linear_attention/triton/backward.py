@@ -62,10 +62,12 @@ def backward(
         terms = Terms(k, q.new_empty((2, keys.tiles, *q.shape[:2], heads), dtype=torch.float32))
 
     dq, _ = queries.run(passes[0], state, chunk_states=chunk_states)
+    dq = sum_groups(dq, q.shape[2])
     # Both passes backward in time have the same states, seen from either side.
     wanted = initial_state is not None
     segments, dinitial = values.segments(passes[1], dfinal, wanted)
     dv, last = values.run(passes[1], dfinal, final=wanted, segments=segments)
+    dv = sum_groups(dv, v.shape[2])  # one gradient per state head lives at a time
     dinitial = last if dinitial is None else dinitial
     dk, _ = keys.run(passes[2], dfinal, segments=segments, chunk_states=chunk_states, terms=terms)
     if dinitial is not None:
@@ -73,7 +75,7 @@ def backward(
     dlog_decay = None
     if terms is not None and log_decay is not None:
         dlog_decay = decay_gradient(terms.out, log_decay, cu_seqlens, scale, keys.config.chunk)
-    return sum_groups(dq, q.shape[2]), sum_groups(dk, k.shape[2]), sum_groups(dv, v.shape[2]), dlog_decay, dinitial
+    return dq, sum_groups(dk, k.shape[2]), dv, dlog_decay, dinitial
 
 
 def _sweeps(
