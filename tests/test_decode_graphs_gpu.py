@@ -17,6 +17,7 @@ from leet_hf import load_cache, patch_model, patch_report, save_cache
 from leet_hf.decoding import MOST_BYTES
 from leet_hf.experts import experts_set_to
 from leet_hf.modes import Truth, check, modes
+from leet_hf.modes.truth import relative_error
 from leet_hf.versions import CACHE, cache_of
 from test_streaming import Words
 
@@ -89,18 +90,17 @@ def test_retnet(kind: str, dtype: torch.dtype) -> None:
         if dtype == torch.float32:
             same_tokens(model, prompt)
         else:
-            _same_logits(model, prompt)
+            _near_float32(model, prompt)
     assert len(recordings(model)) == 2, reason(model)
 
 
-def _same_logits(model: Any, prompt: torch.Tensor) -> None:
-    """Of the same tokens, token by token without graphs, and with the same implementation of experts.
+def _near_float32(model: Any, prompt: torch.Tensor) -> None:
+    """As near to the float32 model on the same tokens as bfloat16 is token by token, without graphs.
 
-    In bfloat16 another order of sums sends some token to another expert, and its logits are others then: one in twenty
-    may be.
+    The two sum in other orders, so their logits differ. The same implementation of experts is used by both.
     """
     output = model.generate(prompt, **OPTIONS, return_dict_in_generate=True, output_logits=True)
-    stepwise, cache, want = plain(model), None, []
+    stepwise, cache, logits = plain(model), None, []
     steps = [step for arena in model._leet.decoding.arenas.values() for step in arena.recordings.values()]
     (implementation,) = {step.experts for step in steps}
     with torch.no_grad():
@@ -108,10 +108,10 @@ def _same_logits(model: Any, prompt: torch.Tensor) -> None:
             with experts_set_to(stepwise.base_model, implementation if cache is not None else None):
                 out = stepwise(token, **{CACHE: cache}, use_cache=True)
             cache = cache_of(out)
-            want.append(out.logits[:, -1].float())
-    got, expected = torch.stack(output.logits, dim=1), torch.stack(want, dim=1)
-    apart = (got - expected).square().mean(-1).sqrt() / expected.square().mean().sqrt()
-    assert (apart < 0.05).float().mean().item() > 0.95, apart
+            logits.append(out.logits[:, -1])
+        exact = stepwise.float()(output.sequences[:, :-1], use_cache=False).logits[:, prompt.shape[1] - 1 :]
+    recorded, usual = (relative_error(torch.stack([*given], dim=1).float(), exact) for given in (output.logits, logits))
+    assert recorded <= 1.5 * usual + 0.01 and usual < 0.3, (recorded, usual)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 64])
@@ -124,8 +124,9 @@ def test_experts_of_a_step(how: str, rows: int, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr("leet_hf.experts._groups", lambda weight: False)
     elif how == "grouped_mm" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("grouped_mm waits for the device before capability 9")
-    half = patch_model(tiny.model(**SIZES).cuda().bfloat16())
-    _same_logits(half, ids(rows))
+    # All experts are used: choosing makes rounding jump.
+    half = patch_model(tiny.model(**SIZES, num_experts_per_tok=4).cuda().bfloat16())
+    _near_float32(half, ids(rows))
     step = next(step for arena in half._leet.decoding.arenas.values() for step in arena.recordings.values())
     assert step.recorded is not None, reason(half)
     assert step.experts == how

@@ -121,7 +121,8 @@ def test_another_order_and_other_weights() -> None:
     with mode:
         model(numbers(1, 32))
     for block in model:
-        block.into = nn.ModuleList([block.into[2], nn.Linear(32, 17, bias=False).to(DEVICE, torch.bfloat16), block.into[0]])
+        fresh = nn.Linear(32, 17, bias=False).to(DEVICE, torch.bfloat16)
+        block.into = nn.ModuleList([block.into[2], fresh, block.into[0]])
         block.last = nn.Linear(18, 32, bias=False).to(DEVICE, torch.bfloat16)
     with mode, torch.no_grad():
         got = model(numbers(1, 32))

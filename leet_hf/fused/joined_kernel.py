@@ -10,7 +10,9 @@ from leet_linear_attention.triton.launcher import Launcher
 
 
 @triton.jit
-def _some_columns(x_ptr, w_ptr, out_ptr, tile, T, N, D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+def _some_columns(
+    x_ptr, w_ptr, out_ptr, tile, T, N, D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
     t = tl.arange(0, BT)
     n = tile * BN + tl.arange(0, BN)
     d = tl.arange(0, BD)
