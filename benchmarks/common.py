@@ -152,6 +152,21 @@ def write(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> Path:
     return path
 
 
+def merged(name: str, rows: list[dict[str, Any]], key: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """`rows` in the place of those of ``folder/name.json`` with the same `key`: what a run of a part writes.
+
+    Rows there from another device or other versions are left out.
+    """
+    path = folder / f"{name}.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    if {field: old.get(field) for field in ("device", "versions")} != {"device": device_name(), "versions": versions()}:
+        return rows
+    fresh = {row[key] for row in rows}
+    kept = [row for row in old["rows"] if row[key] not in fresh]
+    order = list(dict.fromkeys(row[key] for row in [*old["rows"], *rows]))
+    return sorted([*kept, *rows], key=lambda row: order.index(row[key]))
+
+
 def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
     """Rows as a Markdown table; numbers to three digits."""
 

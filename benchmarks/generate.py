@@ -6,6 +6,7 @@ Random weights, bfloat16, greedy. Per token: the time of a long generate() call 
 tokens between. The floor is what a token has to read, weights and states, at the speed of a copy measured in the same
 run. Peers are the stock model for MiniMax and flash-linear-attention's class for RetNet, where installed, in the same
 process. Parts: minimax, retnet, prefill, first, drafts, and cpu, the only one without a GPU; `minimax-B8` is one batch.
+A run of one part leaves the results of the others as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import copy_bandwidth, options, require_cuda, table, write
+from common import copy_bandwidth, merged, options, require_cuda, table, write
 from transformers import AutoModelForCausalLM, AutoTokenizer, MiniMaxConfig, MiniMaxForCausalLM
 
 from leet_hf import patch_model, patch_report
@@ -349,11 +350,12 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for more in parts(chosen, bandwidth):
         rows += more
-        path = write(name, {"copy_bytes_per_second": bandwidth, "prompt": PROMPT, "rows": rows}, chosen.output)
+        shown = merged(name, rows, "what", chosen.output) if chosen.only else rows
+        path = write(name, {"copy_bytes_per_second": bandwidth, "prompt": PROMPT, "rows": shown}, chosen.output)
     if not rows:
         raise SystemExit(f"--only {chosen.only!r} names no part")
     print(table(rows, [column for column in COLUMNS if any(column in row for row in rows)]))
-    plot(rows, path.with_suffix(".png"), torch.cuda.get_device_name() if bandwidth else "the CPU")
+    plot(shown, path.with_suffix(".png"), torch.cuda.get_device_name() if bandwidth else "the CPU")
     print(f"wrote {path}")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import copy_bandwidth, first_call, options, require_cuda, table, timed, timed_host, write
+from common import copy_bandwidth, first_call, merged, options, require_cuda, table, timed, timed_host, write
 
 from leet_linear_attention import linear_attention
 
@@ -241,10 +241,11 @@ def main() -> None:
                 measure_peer(rows[place], name, shape)
             shown = ", ".join(f"{k} {v:.3g}" for k, v in rows[place].items() if isinstance(v, float) and name in k)
             print(f"{shape}: {shown}", flush=True)
-            path = write("ops", {"copy_bytes_per_second": bandwidth, "rows": rows}, chosen.output)
+            every = merged("ops", rows, "shape", chosen.output) if chosen.only else rows
+            path = write("ops", {"copy_bytes_per_second": bandwidth, "rows": every}, chosen.output)
             torch.cuda.empty_cache()
     print(table(rows, [c for c in COLUMNS if any(c in r for r in rows)]))
-    plot(rows, path.with_suffix(".png"), torch.cuda.get_device_name())
+    plot(every, path.with_suffix(".png"), torch.cuda.get_device_name())
     print(f"wrote {path}")
 
 

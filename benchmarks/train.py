@@ -5,9 +5,9 @@
 MiniMax 1.25B (hidden 2048, 16 layers 7:1, 16 heads, 2 experts, top 1) patched against stock, and RetNet 1.35B (hidden
 2048, 24 layers, 8 heads, K 256, V 512) of leet_hf against FLA's where that is installed (FLA tunes itself for minutes
 at its first step), all bfloat16, in one run on the same tokens, ours first. Results are written after every row, so
-that a run that is cut keeps what it measured. Model FLOPs count 6 for each weight a token meets, and
-what attention adds; their rate is given as a fraction of that of an 8192³ matmul measured in the same run. With
-checkpointing, the second forward is not counted.
+that a run that is cut keeps what it measured; a run with --only leaves other cases' results as they are. Model FLOPs
+count 6 for each weight a token meets, and what attention adds; their rate is given as a fraction of that of an 8192³
+matmul measured in the same run. With checkpointing, the second forward is not counted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import device_name, options, require_cuda, table, write
+from common import device_name, merged, options, require_cuda, table, write
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
 from leet_hf import patch_model
@@ -229,8 +229,9 @@ def main() -> None:
         print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
         rows.append(row)
         compare(rows)
-        path = write("train", {"matmul_flops_per_second": rate, "rows": rows}, chosen.output)
-        plot(rows, path.with_suffix(".png"))
+        shown = merged("train", rows, "case", chosen.output) if chosen.only else rows
+        path = write("train", {"matmul_flops_per_second": rate, "rows": shown}, chosen.output)
+        plot(shown, path.with_suffix(".png"))
     print(table(rows, [column for column in COLUMNS if any(column in row for row in rows)]))
     print(f"wrote {path} and {path.with_suffix('.png').name}")
 
