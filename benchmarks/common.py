@@ -141,30 +141,35 @@ def first_call(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def write(name: str, payload: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write ``payload`` with device and versions to ``folder/name.json``."""
+CORE = ("python", "torch", "triton", "transformers")
+
+
+def write(name: str, payload: dict[str, Any], folder: Path = RESULTS, part_by: str = "") -> Path:
+    """Write ``payload`` with device and versions to ``folder/name.json``.
+
+    part_by: for a run of a part, the field its "rows" are told apart by: rows there with other values of it stay, if
+    they are from the same device and versions of `CORE`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     record = {"device": device_name(), "versions": versions(), **payload}
+    if part_by and path.exists():
+        _merge(record, json.loads(path.read_text()), part_by)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     temporary.replace(path)
     return path
 
 
-def merged(name: str, rows: list[dict[str, Any]], key: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """`rows` in the place of those of ``folder/name.json`` with the same `key`: what a run of a part writes.
-
-    Rows there from another device or other versions are left out.
-    """
-    path = folder / f"{name}.json"
-    old = json.loads(path.read_text()) if path.exists() else {}
-    if {field: old.get(field) for field in ("device", "versions")} != {"device": device_name(), "versions": versions()}:
-        return rows
-    fresh = {row[key] for row in rows}
-    kept = [row for row in old["rows"] if row[key] not in fresh]
-    order = list(dict.fromkeys(row[key] for row in [*old["rows"], *rows]))
-    return sorted([*kept, *rows], key=lambda row: order.index(row[key]))
+def _merge(record: dict[str, Any], old: dict[str, Any], field: str) -> None:
+    if record["device"] != old["device"] or any(record["versions"].get(n) != old["versions"].get(n) for n in CORE):
+        return
+    rows = record["rows"]
+    fresh = {row[field] for row in rows}
+    order = list(dict.fromkeys(row[field] for row in [*old["rows"], *rows]))
+    rows = [*(row for row in old["rows"] if row[field] not in fresh), *rows]
+    record["rows"] = sorted(rows, key=lambda row: order.index(row[field]))
+    record["versions"] = old["versions"] | record["versions"]
 
 
 def table(rows: list[dict[str, Any]], columns: list[str]) -> str:

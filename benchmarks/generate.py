@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import copy_bandwidth, merged, options, require_cuda, table, write
+from common import copy_bandwidth, options, require_cuda, table, write
 from transformers import AutoModelForCausalLM, AutoTokenizer, MiniMaxConfig, MiniMaxForCausalLM
 
 from leet_hf import patch_model, patch_report
@@ -152,7 +152,7 @@ def decoding(name: str, batches: list[int], peers: bool, bandwidth: float) -> li
                 weights, states = read_bytes(model, cache, batch)
                 row |= {"weights MB": weights / 2**20, "floor ms": (weights + states) / bandwidth * 1e3}
                 row["of floor %"] = 100 * row["floor ms"] / row["ours ms"]
-                row["graphs"] = patch_report(model).host[-1]
+                row["graphs"] = next(line for line in patch_report(model).host if line.startswith("decode graphs"))
             elif "ours ms" in row:
                 row["x peer"] = row["peer ms"] / row["ours ms"]
             del cache
@@ -350,12 +350,16 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for more in parts(chosen, bandwidth):
         rows += more
-        shown = merged(name, rows, "what", chosen.output) if chosen.only else rows
-        path = write(name, {"copy_bytes_per_second": bandwidth, "prompt": PROMPT, "rows": shown}, chosen.output)
+        record = {"copy_bytes_per_second": bandwidth, "prompt": PROMPT, "rows": rows}
+        path = write(name, record, chosen.output, part_by="what" if chosen.only else "")
     if not rows:
         raise SystemExit(f"--only {chosen.only!r} names no part")
     print(table(rows, [column for column in COLUMNS if any(column in row for row in rows)]))
-    plot(shown, path.with_suffix(".png"), torch.cuda.get_device_name() if bandwidth else "the CPU")
+    plot(
+        json.loads(path.read_text())["rows"],
+        path.with_suffix(".png"),
+        torch.cuda.get_device_name() if bandwidth else "the CPU",
+    )
     print(f"wrote {path}")
 
 

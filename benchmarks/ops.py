@@ -9,13 +9,14 @@ input read once and each output written once, at the speed of a copy measured in
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import copy_bandwidth, first_call, merged, options, require_cuda, table, timed, timed_host, write
+from common import copy_bandwidth, first_call, options, require_cuda, table, timed, timed_host, write
 
 from leet_linear_attention import linear_attention
 
@@ -241,11 +242,11 @@ def main() -> None:
                 measure_peer(rows[place], name, shape)
             shown = ", ".join(f"{k} {v:.3g}" for k, v in rows[place].items() if isinstance(v, float) and name in k)
             print(f"{shape}: {shown}", flush=True)
-            every = merged("ops", rows, "shape", chosen.output) if chosen.only else rows
-            path = write("ops", {"copy_bytes_per_second": bandwidth, "rows": every}, chosen.output)
+            record = {"copy_bytes_per_second": bandwidth, "rows": rows}
+            path = write("ops", record, chosen.output, part_by="shape" if chosen.only else "")
             torch.cuda.empty_cache()
     print(table(rows, [c for c in COLUMNS if any(c in r for r in rows)]))
-    plot(every, path.with_suffix(".png"), torch.cuda.get_device_name())
+    plot(json.loads(path.read_text())["rows"], path.with_suffix(".png"), torch.cuda.get_device_name())
     print(f"wrote {path}")
 
 

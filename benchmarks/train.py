@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import device_name, merged, options, require_cuda, table, write
+from common import device_name, options, require_cuda, table, write
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
 from leet_hf import patch_model
@@ -229,9 +230,9 @@ def main() -> None:
         print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
         rows.append(row)
         compare(rows)
-        shown = merged("train", rows, "case", chosen.output) if chosen.only else rows
-        path = write("train", {"matmul_flops_per_second": rate, "rows": shown}, chosen.output)
-        plot(shown, path.with_suffix(".png"))
+        record = {"matmul_flops_per_second": rate, "rows": rows}
+        path = write("train", record, chosen.output, part_by="case" if chosen.only else "")
+        plot(json.loads(path.read_text())["rows"], path.with_suffix(".png"))
     print(table(rows, [column for column in COLUMNS if any(column in row for row in rows)]))
     print(f"wrote {path} and {path.with_suffix('.png').name}")
 

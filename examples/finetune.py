@@ -9,7 +9,9 @@ Started again, it goes on from its last checkpoint. The output folder then holds
 checkpoint), loss.png and summary.json.
 
 Measured: --smoke takes 16 s of processor time on one thread (imports included) and 0.74 GiB; four steps took the loss
-of three held-out verses from 3.43 to 3.17 nats per token.
+of three held-out verses from 3.43 to 3.17 nats per token. On an H100 that other work shared, `--steps 60 --every 30`
+(the real setting otherwise) took 55 s and 1.14 GiB: the text is the model's own, and held-out loss went from 3.046 to
+3.021.
 """
 
 from __future__ import annotations

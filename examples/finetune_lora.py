@@ -9,7 +9,8 @@ Started again, it goes on from its last checkpoint. The output folder then holds
 
 Measured: --smoke takes 20 s of processor time on one thread (imports included) and 0.71 GiB; four steps of 880,128
 trained parameters took the loss of three held-out verses from 3.43 to 3.21 nats per token, and merging them moved the
-largest logit by 5e-7 of it.
+largest logit by 5e-7 of it. On an H100 that other work shared, `--steps 60 --every 30` (the real setting otherwise)
+took 57 s and 1.09 GiB: held-out loss went from 3.046 to 3.030.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ The first prompt is streamed as it is written. Its cache is saved to OUTPUT/cach
 another program would, without reading the prompt again. Then all prompts are written at once, as a left-padded batch.
 OUTPUT/summary.json keeps what was written.
 
-Measured: --smoke takes 8 s of processor time on one thread, nearly all of it imports.
+Measured: --smoke takes 8 s of processor time on one thread, nearly all of it imports. On an H100 the 200
+tokens of the batch took 2.2 s, recording of the decode steps included.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ what a line begins with are made. Started again, it goes on from its last checkp
 model/ (a stock Transformers checkpoint, its tokenizer with the chat template), loss.png and summary.json.
 
 Measured: --smoke takes 20 s of processor time on one thread (imports included) and 0.82 GiB; four steps took the loss
-of held-out answers from 3.33 to 3.01 nats per token.
+of held-out answers from 3.33 to 3.01 nats per token. On an H100 that other work shared, `--characters 400000
+--steps 100 --every 25` took 49 s and 1.32 GiB: 3.48 to 3.00.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ for bit. The loop is plain `accelerate`: bfloat16 on a GPU, --accumulation, and 
     accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/train_from_scratch.py
 
 Measured: --smoke takes 26 s of processor time on one thread (imports included) and ends at 4.40 nats per token held
-out; what the real setting took and gave is in the model's card, examples/assets/kjv-minimax/README.md.
+out; what the real setting took and gave is in the model's card, examples/assets/kjv-minimax/README.md. Its first two
+epochs (`--epochs 2`) took 24 s and 2.74 GiB on an H100 that other work shared, and end at 4.22.
 """
 
 from __future__ import annotations
