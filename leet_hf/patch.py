@@ -12,6 +12,7 @@ from leet_linear_attention import available_methods
 
 from .adapters import Adapter, adapters
 from .fused.expert_gate import gated_experts, has_gate, install_gate, restore_gate
+from .fused.few_experts import ExpertsBinding, experts_forward, experts_of
 from .fused.loss import has_loss
 from .fused.norms import NormBinding, norm_forward, norms_of
 from .generation import GenerationBinding, RecurrentGeneration, install_generation, restore_generation
@@ -23,7 +24,9 @@ from .report import LayerReport, PatchReport
 from .slots import foreign_forward, has_entry, install_forward, meta_tensor, restore_forward
 
 Model = TypeVar("Model", bound=nn.Module)
-Binding = LayerBinding | SoftmaxBinding | HostBinding | NormBinding
+Binding = LayerBinding | SoftmaxBinding | HostBinding | NormBinding | ExpertsBinding
+# What modules of the host with nothing of a layer's own get, by their binding.
+FORWARDS: dict[type, Callable[..., object]] = {NormBinding: norm_forward, ExpertsBinding: experts_forward}
 
 
 class UnsupportedModelError(ValueError):
@@ -39,7 +42,7 @@ class _Host:
     binding: HostBinding
     layers: list[tuple[str, nn.Module, LayerBinding]]
     softmax: list[tuple[str, nn.Module, SoftmaxBinding]]
-    norms: list[tuple[nn.Module, NormBinding]]
+    fused: list[tuple[nn.Module, NormBinding | ExpertsBinding]]
 
 
 def patch_model(model: Model, *, method: str = "auto", decode_graphs: bool = True) -> Model:
@@ -114,8 +117,11 @@ def patch_report(model: nn.Module) -> PatchReport:
         if _is_native(host.binding):
             state = "native: right as it is, nothing to patch"
         lines.append(f"{host.name or 'model'} ({type(host.module).__name__}): {state}")
-        if host.norms:
-            lines.append(f"norms: {len(host.norms)} {'fused' if patched else 'to be fused'} on CUDA")
+        fused = [type(binding) for _, binding in host.fused]
+        if norms := fused.count(NormBinding):
+            lines.append(f"norms: {norms} {'fused' if patched else 'to be fused'} on CUDA")
+        if experts := fused.count(ExpertsBinding):
+            lines.append(f"experts: {experts} {'without' if patched else 'to be without'} sorting a token on a CPU")
         gates = len(gated_experts(host.module))
         if gates:
             lines.append(f"experts: gates of {gates} {'fused' if patched else 'to be fused'} on CUDA")
@@ -171,7 +177,7 @@ def _plan_host(name: str, base: nn.Module, adapter: Adapter, method: str) -> _Ho
     host: HostBinding | None = base.__dict__.get("_leet")
     if host is not None and all("_leet" in module.__dict__ for _, module in found):
         layers = [(path, module, module.__dict__["_leet"]) for path, module in found]
-        return _Host(name, base, host, layers, _plan_softmax(name, base, adapter), norms_of(base))
+        return _Host(name, base, host, layers, _plan_softmax(name, base, adapter), _fused(base))
     for path, module in found:
         _check_module(path, module, adapter.misfit(module))
     _check_module(name or "model", base, adapter.base_misfit(base))
@@ -186,7 +192,11 @@ def _plan_host(name: str, base: nn.Module, adapter: Adapter, method: str) -> _Ho
             )
         binding = module.__dict__.get("_leet") or _plan_layer(path, module, base, place, adapter, method)
         layers.append((path, module, binding))
-    return _Host(name, base, host or HostBinding(adapter, adapter.cache_spec(base)), layers, softmax, norms_of(base))
+    return _Host(name, base, host or HostBinding(adapter, adapter.cache_spec(base)), layers, softmax, _fused(base))
+
+
+def _fused(base: nn.Module) -> list[tuple[nn.Module, NormBinding | ExpertsBinding]]:
+    return [*norms_of(base), *experts_of(base)]
 
 
 def _plan_softmax(name: str, base: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Module, SoftmaxBinding]]:
@@ -281,10 +291,10 @@ def _apply(host: _Host, model: nn.Module, undo: list[Callable[[], None]]) -> Non
     if not _is_patched(base):
         undo.append(lambda: _restore(base))
         _install(base, adapter.base_forward, host.binding)
-    for norm, norm_bound in host.norms:
-        if not _is_patched(norm):
-            undo.append(lambda norm=norm: _restore(norm))  # type: ignore[misc]
-            _install(norm, norm_forward, norm_bound)
+    for module, fused in host.fused:
+        if not _is_patched(module):
+            undo.append(lambda module=module: _restore(module))  # type: ignore[misc]
+            _install(module, FORWARDS[type(fused)], fused)
     for experts in gated_experts(base):
         if not has_gate(experts):
             undo.append(lambda experts=experts: restore_gate(experts))  # type: ignore[misc]
@@ -305,8 +315,8 @@ def _restore(module: nn.Module) -> None:
     binding = module.__dict__.pop("_leet", None)
     if isinstance(binding, SoftmaxBinding):
         restore_forward(module, binding.forward, binding.had_entry)
-    elif isinstance(binding, NormBinding):
-        restore_forward(module, norm_forward, binding.had_entry)
+    elif isinstance(binding, NormBinding | ExpertsBinding):
+        restore_forward(module, FORWARDS[type(binding)], binding.had_entry)
     elif binding is not None:
         adapter = binding.adapter
         function = adapter.layer_forward if isinstance(binding, LayerBinding) else adapter.base_forward
@@ -315,7 +325,7 @@ def _restore(module: nn.Module) -> None:
 
 def _is_native(binding: Binding) -> bool:
     """Whether a module has had its binding since it was made, with a forward of its own."""
-    return not isinstance(binding, NormBinding) and getattr(binding.adapter, "native", False)
+    return not isinstance(binding, NormBinding | ExpertsBinding) and getattr(binding.adapter, "native", False)
 
 
 def _is_patched(module: nn.Module) -> bool:

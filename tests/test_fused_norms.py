@@ -48,6 +48,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Calls:
         pytest.skip("with a GPU there is no interpreter on the CPU")
     route = functions.route
     monkeypatch.setattr(functions, "route", lambda method, *t: route("triton" if method == "auto" else method, *t))
+    monkeypatch.setattr(norms, "formula_only", lambda *_: False)
     return Calls(monkeypatch)
 
 

@@ -18,6 +18,7 @@ from leet_hf import (
     patch_report,
     unpatch_model,
 )
+from leet_hf.fused.few_experts import ExpertsBinding
 from leet_hf.fused.norms import NormBinding, norm_forward
 from leet_hf.host import decoder_forward
 from leet_hf.layer import layer_forward
@@ -93,6 +94,8 @@ def test_peft() -> None:
         bindings = [module.__dict__["_leet"] for module in model.modules() if "_leet" in module.__dict__]
         norms = sum(isinstance(binding, NormBinding) for binding in bindings)
         assert norms == 4 * 2 + 3 + 1, "two each layer, one in each of the recurrent ones, and the last"
-        assert len(bindings) - norms == 5, "three layers, the base model and the model that generates"
+        experts = sum(isinstance(binding, ExpertsBinding) for binding in bindings)
+        assert experts == 4, "one each layer"
+        assert len(bindings) - norms - experts == 5, "three layers, the base model and the model that generates"
         merged = unpatch_model(model.merge_and_unload())
         assert all("_leet" not in module.__dict__ for module in merged.modules())

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..slots import calls_only, foreign_forward
 from .norm import ACTIVATIONS, result_dtype, run, way_of
+from .route import formula_only
 
 # What a trial of a class's forward is made in: dtypes of the input and of the weight.
 TRIALS = (
@@ -93,19 +94,18 @@ def _rounding(forward: Callable[..., Any], grouped: bool) -> bool | None:
 def norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """Replaces the forward of an RMSNorm: the kernel on CUDA, its class's own forward or what equals it elsewhere."""
     weight, binding = self.weight, self._leet
-    way = _way("auto", hidden_states, weight)
-    if way != "torch":
+    if formula_only("auto", hidden_states):
+        if _one_call(hidden_states, weight, binding):
+            return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
+    elif (way := _way("auto", hidden_states, weight)) != "torch":
         return _run(way, hidden_states, weight, self.variance_epsilon, binding)
-    if _one_call(hidden_states, weight, binding):
-        return F.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
     return type(self).forward(self, hidden_states)
 
 
 def _one_call(x: Tensor, weight: Tensor, binding: NormBinding) -> bool:
-    """Whether torch's own norm is the formula, step by step: on a CPU in float32, where nothing is rounded between."""
+    """Whether torch's own norm on a CPU is the formula, step by step: in float32, where nothing is rounded between."""
     return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        x.dtype == weight.dtype == torch.float32
         and binding.groups == 1
         and x.shape[-1:] == weight.shape
         and not torch.compiler.is_compiling()
@@ -118,7 +118,7 @@ def gated_norm(norm: nn.Module, x: Tensor, gate: Tensor, activation: str, *, met
     In one kernel where the norm has a binding and nothing would notice that it is not called: no hook, no forward
     besides ours, no weight that is not there. Otherwise just that. method: as `leet_hf.fused.norm.rms_norm`.
     """
-    binding = norm.__dict__.get("_leet")
+    binding = None if formula_only(method, x) else norm.__dict__.get("_leet")
     if isinstance(binding, NormBinding) and calls_only(norm, norm_forward) and x.shape == gate.shape:
         weight: Any = norm.weight
         way = _way(method, x, weight, gate)

@@ -35,6 +35,11 @@ def route(method: str, *tensors: Tensor) -> str:
     return "operator" if torch._C._len_torch_dispatch_stack() else "kernel"
 
 
+def formula_only(method: str, x: Tensor) -> bool:
+    """Whether `route` can only say "torch", whatever else there is: asking costs a short call on a CPU dear."""
+    return x.is_cpu and method != "triton"
+
+
 def wants_gradient(*tensors: Tensor) -> bool:
     """Whether autograd has to hear of a function of these tensors."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

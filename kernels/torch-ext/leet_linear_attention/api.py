@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from . import library
-from .checks import check_linear_attention, check_step
+from .checks import check_linear_attention
 from .dispatch import choose
 from .state import DecodeState
+from .state_checks import check_step
+from .torch_token import step_one
 
 
 def _unit_last_stride(x: Tensor) -> Tensor:
@@ -111,9 +113,13 @@ def linear_attention_step(
     check_step(q, k, v, log_decay, scale, state)
     chosen = choose(method, q.device, q.dtype)
     operator: Callable[..., Tensor] = torch.ops.leet_linear_attention.step
-    if _plain(q, k, v, log_decay):
-        operator = library.step
     with torch.no_grad():
+        if _plain(q, k, v, log_decay):
+            if chosen == "torch" and q.shape[1] == 1:
+                o = step_one(q, k, v, log_decay, state.views(), scale, state.buffer, state.keep)
+                if o is not None:
+                    return o
+            operator = library.step
         return operator(
             _unit_last_stride(q), _unit_last_stride(k), _unit_last_stride(v), log_decay,
             state.base, state.keys, state.values, state.log_decays, state.cursor,

@@ -10,23 +10,20 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from .shapes import sequence_count, state_heads
 
-if TYPE_CHECKING:
-    from .state import DecodeState
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 512
 # Arguments that passed: mostly shape, dtype and device are checked, and calls repeat. Checking takes 30 us.
-_passed: set[tuple[object, ...]] = set()
-_REMEMBERED = 4096
+PASSED: set[tuple[object, ...]] = set()
+REMEMBERED = 4096
 _FEW = 64
-_TOKEN_SHAPES = {"q": "[B, T, Hq, K]", "k": "[B, T, Hk, K]", "v": "[B, T, Hv, V]"}
+TOKEN_SHAPES = {"q": "[B, T, Hq, K]", "k": "[B, T, Hk, K]", "v": "[B, T, Hv, V]"}
 
 
 def check_linear_attention(
@@ -41,19 +38,18 @@ def check_linear_attention(
     """Raise ValueError, or TypeError for what is no tensor, unless `linear_attention` can take these arguments."""
     key = _metadata(q, k, v, log_decay, initial_state, cu_seqlens)
     if key is not None:
-        if (key, type(scale)) in _passed:
+        key = (*key, type(scale))
+        if key in PASSED:
             return
-        if len(_passed) >= _REMEMBERED:
-            _passed.clear()
-    _check_query(q, scale)
+    check_query(q, scale)
     _check_tokens("k", k, q.shape, q.dtype, q.device)
     _check_tokens("v", v, q.shape, q.dtype, q.device)
     if log_decay is not None:
-        _check_log_decay(log_decay, q)
+        check_log_decay(log_decay, q)
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, q)
     if initial_state is not None:
-        _check_tensor("initial_state", initial_state)
+        check_tensor("initial_state", initial_state)
     heads = state_heads(
         q, k, v, log_decay, initial_state if initial_state is not None and initial_state.dim() == 4 else None
     )
@@ -63,80 +59,15 @@ def check_linear_attention(
         rows = "B" if cu_seqlens is None else "N"
         wanted = (sequences, heads, k.shape[-1], v.shape[-1])
         _check_state("initial_state", initial_state, wanted, f"[{rows}, H, K, V]", q)
+    remember(key)
+
+
+def remember(key: tuple[object, ...] | None) -> None:
+    """Note that arguments of this key have passed; None: they are to be checked again."""
     if key is not None:
-        _passed.add((key, type(scale)))
-
-
-def check_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float, state: DecodeState) -> None:
-    """Raise ValueError or TypeError unless `linear_attention_step` can advance `state` by these tokens."""
-    if not hasattr(state, "cursor"):
-        raise TypeError(
-            f"state is a {type(state).__name__}; it must be a DecodeState: make one with DecodeState.allocate(...)"
-        )
-    key = None if torch.compiler.is_compiling() else _step_metadata(q, k, v, log_decay, scale, state)
-    if key in _passed:
-        if log_decay is not None:
-            _check_values_of(log_decay)
-        return
-    check_append(k, v, log_decay, state)
-    _check_query(q, scale)
-    batch, heads, key_dim, _ = state.base.shape
-    if q.shape[0] != batch or q.shape[1] != k.shape[1] or q.shape[3] != key_dim:
-        wanted = f"[B, T, Hq, K] = [{batch}, {k.shape[1]}, Hq, {key_dim}] as k and the decode state have"
-        _fail("q", f"has shape {list(q.shape)}", wanted, "give q, k and v the same tokens")
-    if heads % q.shape[2]:
-        wanted = f"a number that divides the {heads} heads of the decode state"
-        _fail("q", f"has {q.shape[2]} heads", wanted, "repeat or drop heads")
-    _check_like_state("q", q, state.keys)
-    if key is not None:
-        if len(_passed) >= _REMEMBERED:
-            _passed.clear()
-        _passed.add(key)
-
-
-def check_append(k: Tensor, v: Tensor, log_decay: Tensor | None, state: DecodeState) -> None:
-    """Raise ValueError or TypeError unless `state` can hold these tokens."""
-    for name, x, ring in (("k", k, state.keys), ("v", v, state.values)):
-        _check_tensor(name, x)
-        if x.dim() != 4 or x.shape[0] != ring.shape[0] or x.shape[2:] != ring.shape[2:] or x.shape[1] != k.shape[1]:
-            batch, _, heads, width = ring.shape
-            tokens = f"T={k.shape[1]}" if name == "v" else "T"
-            _fail(
-                name,
-                f"has shape {list(x.shape)}",
-                f"{_TOKEN_SHAPES[name]} = [{batch}, {tokens}, {heads}, {width}] as the decode state was allocated",
-                "allocate a state for these heads and dims, or use state.select / state.repeat to change its batch",
-            )
-        _check_like_state(name, x, ring)
-    if k.shape[1] > state.buffer:
-        _fail(
-            "k",
-            f"brings T={k.shape[1]} tokens",
-            f"at most the decode state's buffer of {state.buffer}",
-            "allocate a larger buffer, or use linear_attention from state.fold() on and state.load its final state",
-        )
-    if log_decay is not None:
-        _check_log_decay(log_decay, k)
-        heads = state.base.shape[1]
-        if heads % log_decay.shape[-1]:
-            _fail(
-                "log_decay",
-                f"has {log_decay.shape[-1]} heads",
-                f"a number that divides the {heads} heads of the decode state",
-                "repeat or drop heads",
-            )
-
-
-def check_load(state: Tensor, target: DecodeState) -> None:
-    """Raise ValueError or TypeError unless `target` can become `state`."""
-    _check_tensor("state", state)
-    if state.shape != target.base.shape:
-        _fail(
-            "state",
-            f"has shape {list(state.shape)}",
-            f"[B, H, K, V] = {list(target.base.shape)} as the decode state was allocated",
-            "allocate a decode state of this shape",
-        )
+        if len(PASSED) >= REMEMBERED:
+            PASSED.clear()
+        PASSED.add(key)
 
 
 def looks_at_values(x: Tensor) -> bool:
@@ -161,82 +92,51 @@ def _metadata(*arguments: Tensor | None) -> tuple[object, ...] | None:
     return None if os.environ.get("LEET_CHECK_VALUES") == "1" else tuple(seen)
 
 
-def _step_metadata(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float, state: DecodeState
-) -> tuple[object, ...] | None:
-    """All that is checked of a step's arguments but the values of log_decay; None where one is no plain tensor."""
-    base, keys, values = state.base, state.keys, state.values
-    seen: list[object] = [type(scale), base.shape, keys.shape, values.shape, keys.dtype, keys.device, state.buffer]
-    for x in (q, k, v, log_decay):
-        if x is None:
-            seen.append(None)
-        elif type(x) in (Tensor, torch.nn.Parameter):
-            seen += (x.shape, x.dtype, x.device)
-        else:
-            return None
-    return tuple(seen)
-
-
-def _fail(name: str, was: str, must: str, remedy: str) -> NoReturn:
+def fail(name: str, was: str, must: str, remedy: str) -> NoReturn:
     raise ValueError(f"{name} {was}, must be {must}: {remedy}")
 
 
-def _check_tensor(name: str, x: object) -> None:
+def check_tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}, must be a torch.Tensor: convert it with torch.as_tensor")
 
 
-def _check_query(q: Tensor, scale: float) -> None:
-    _check_tensor("q", q)
+def check_query(q: Tensor, scale: float) -> None:
+    check_tensor("q", q)
     if q.dim() != 4:
-        _fail(
+        fail(
             "q", f"has shape {list(q.shape)}", "[B, T, Hq, K]", "add the missing dimensions (tokens come before heads)"
         )
     if q.dtype not in DTYPES:
-        _fail("q", f"is {q.dtype}", "float32, bfloat16, float16 or float64", "convert q, k and v")
+        fail("q", f"is {q.dtype}", "float32, bfloat16, float16 or float64", "convert q, k and v")
     if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
-        _fail("q", f"has key dim K={q.shape[3]}", f"1 to {MAX_HEAD_DIM}", "split the heads into smaller ones")
+        fail("q", f"has key dim K={q.shape[3]}", f"1 to {MAX_HEAD_DIM}", "split the heads into smaller ones")
     if q.shape[2] < 1:
-        _fail("q", "has 0 heads", "at least 1", "give it a head")
+        fail("q", "has 0 heads", "at least 1", "give it a head")
     if isinstance(scale, bool) or not isinstance(scale, (float, int, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"scale is a {type(scale).__name__}, must be a number: pass a float")
 
 
 def _check_tokens(name: str, x: Tensor, like: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
-    _check_tensor(name, x)
+    check_tensor(name, x)
     if x.dim() != 4 or x.shape[0] != like[0] or x.shape[1] != like[1]:
-        was, shape = f"has shape {list(x.shape)}", _TOKEN_SHAPES[name]
-        _fail(
+        was, shape = f"has shape {list(x.shape)}", TOKEN_SHAPES[name]
+        fail(
             name,
             was,
             f"{shape} with q's B={like[0]}, T={like[1]}",
             "give q, k and v the same batch and tokens (tokens before heads)",
         )
     if name == "k" and x.shape[3] != like[3]:
-        _fail(
-            name, f"has key dim K={x.shape[3]}", f"q's K={like[3]}", "q and k must come from projections of one width"
-        )
+        fail(name, f"has key dim K={x.shape[3]}", f"q's K={like[3]}", "q and k must come from projections of one width")
     if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
-        _fail(name, f"has head dim {x.shape[3]}", f"1 to {MAX_HEAD_DIM}", "split the heads into smaller ones")
+        fail(name, f"has head dim {x.shape[3]}", f"1 to {MAX_HEAD_DIM}", "split the heads into smaller ones")
     if x.shape[2] < 1:
-        _fail(name, "has 0 heads", "at least 1", "give it a head")
+        fail(name, "has 0 heads", "at least 1", "give it a head")
     if x.dtype != dtype:
-        _fail(name, f"is {x.dtype}", f"q's dtype {dtype}", "convert q, k and v to one dtype")
+        fail(name, f"is {x.dtype}", f"q's dtype {dtype}", "convert q, k and v to one dtype")
     if x.device != device:
-        _fail(name, f"is on {x.device}", f"q's device {device}", "move all arguments to one device")
-
-
-def _check_like_state(name: str, x: Tensor, ring: Tensor) -> None:
-    if x.dtype != ring.dtype:
-        remedy = "convert it, or allocate the state with this dtype"
-        _fail(name, f"is {x.dtype}", f"the decode state's dtype {ring.dtype}", remedy)
-    if x.device != ring.device:
-        _fail(
-            name,
-            f"is on {x.device}",
-            f"the decode state's device {ring.device}",
-            "move it, or allocate the state there",
-        )
+        fail(name, f"is on {x.device}", f"q's device {device}", "move all arguments to one device")
 
 
 def _check_heads(heads: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
@@ -245,7 +145,7 @@ def _check_heads(heads: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor 
         counts.append(("log_decay", log_decay.shape[-1]))
     for name, count in counts:
         if heads % count:
-            _fail(
+            fail(
                 name,
                 f"has {count} heads",
                 f"a number that divides H={heads}, the most heads of any argument",
@@ -253,35 +153,35 @@ def _check_heads(heads: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor 
             )
 
 
-def _check_log_decay(log_decay: Tensor, tokens: Tensor) -> None:
-    _check_tensor("log_decay", log_decay)
+def check_log_decay(log_decay: Tensor, tokens: Tensor) -> None:
+    check_tensor("log_decay", log_decay)
     batch, length = tokens.shape[:2]
     shape = log_decay.shape
     if log_decay.dim() not in (1, 3) or (log_decay.dim() == 3 and (shape[0] != batch or shape[1] != length)):
         remedy = "give one number per head, or one per token and head"
-        _fail("log_decay", f"has shape {list(shape)}", f"[H] or [B, T, H] = [{batch}, {length}, H]", remedy)
+        fail("log_decay", f"has shape {list(shape)}", f"[H] or [B, T, H] = [{batch}, {length}, H]", remedy)
     if shape[-1] < 1:
-        _fail("log_decay", "has 0 heads", "at least 1", "pass None for no decay")
+        fail("log_decay", "has 0 heads", "at least 1", "pass None for no decay")
     wanted = torch.float64 if tokens.dtype == torch.float64 else torch.float32
     if log_decay.dtype != wanted:
         remedy = f"compute it in {wanted}; a rounded decay is a different decay"
-        _fail("log_decay", f"is {log_decay.dtype}", f"{wanted} for {tokens.dtype} tokens", remedy)
+        fail("log_decay", f"is {log_decay.dtype}", f"{wanted} for {tokens.dtype} tokens", remedy)
     if log_decay.device != tokens.device:
-        _fail(
+        fail(
             "log_decay",
             f"is on {log_decay.device}",
             f"the tokens' device {tokens.device}",
             "move it there once, ahead of the call",
         )
-    _check_values_of(log_decay)
+    check_values_of(log_decay)
 
 
-def _check_values_of(log_decay: Tensor) -> None:
+def check_values_of(log_decay: Tensor) -> None:
     if looks_at_values(log_decay) and not _few_and_good(log_decay):
         low, high = (x.item() for x in log_decay.detach().aminmax())
         if not (high <= 0 and low > float("-inf")):
             was = "holds NaN" if high != high else f"holds {high if high > 0 else low}"
-            _fail(
+            fail(
                 "log_decay",
                 was,
                 "finite and <= 0 everywhere",
@@ -297,21 +197,21 @@ def _few_and_good(log_decay: Tensor) -> bool:
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
-    _check_tensor("cu_seqlens", cu_seqlens)
+    check_tensor("cu_seqlens", cu_seqlens)
     batch, tokens = q.shape[:2]
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        _fail(
+        fail(
             "cu_seqlens",
             f"has shape {list(cu_seqlens.shape)}",
             "[N + 1] with N >= 1 sequences",
             "give the N + 1 bounds of N sequences",
         )
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        _fail("cu_seqlens", f"is {cu_seqlens.dtype}", "int32 or int64", "convert it")
+        fail("cu_seqlens", f"is {cu_seqlens.dtype}", "int32 or int64", "convert it")
     if batch != 1:
-        _fail("q", f"has batch size {batch}", "1 with cu_seqlens", "pack every sequence into one row")
+        fail("q", f"has batch size {batch}", "1 with cu_seqlens", "pack every sequence into one row")
     if cu_seqlens.device != q.device:
-        _fail(
+        fail(
             "cu_seqlens",
             f"is on {cu_seqlens.device}",
             f"q's device {q.device}",
@@ -321,25 +221,25 @@ def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
         bounds = cu_seqlens.tolist()
         remedy = "sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1]"
         if bounds[0] != 0:
-            _fail("cu_seqlens", f"starts at {bounds[0]}", "0 at the start", remedy)
+            fail("cu_seqlens", f"starts at {bounds[0]}", "0 at the start", remedy)
         if bounds[-1] != tokens:
-            _fail("cu_seqlens", f"ends at {bounds[-1]}", f"T={tokens} at the end", remedy)
+            fail("cu_seqlens", f"ends at {bounds[-1]}", f"T={tokens} at the end", remedy)
         for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
             if end < begin:
-                _fail("cu_seqlens", f"goes down from {begin} to {end} at entry {n + 1}", "non-decreasing", remedy)
+                fail("cu_seqlens", f"goes down from {begin} to {end} at entry {n + 1}", "non-decreasing", remedy)
 
 
 def _check_state(name: str, state: Tensor, wanted: tuple[int, ...], form: str, q: Tensor) -> None:
     if tuple(state.shape) != wanted:
         remedy = "pass the final state of a call with the same heads and dims, one per sequence"
-        _fail(name, f"has shape {list(state.shape)}", f"{form} = {list(wanted)}", remedy)
+        fail(name, f"has shape {list(state.shape)}", f"{form} = {list(wanted)}", remedy)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if state.dtype != dtype:
-        _fail(
+        fail(
             name,
             f"is {state.dtype}",
             f"{dtype} for {q.dtype} inputs",
             "keep states in that dtype; rounding them loses the past",
         )
     if state.device != q.device:
-        _fail(name, f"is on {state.device}", f"q's device {q.device}", "move it there")
+        fail(name, f"is on {state.device}", f"q's device {q.device}", "move it there")

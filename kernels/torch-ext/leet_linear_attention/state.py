@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import DTYPES, check_append, check_load, looks_at_values
+from .checks import DTYPES, looks_at_values
+from .state_checks import check_append, check_load
 from .torch_step import fold_held, fold_tokens, per_token
+from .torch_token import Views
 
 
 @dataclass(eq=False)
@@ -161,6 +164,17 @@ class DecodeState:
     def clone(self) -> DecodeState:
         """An independent copy."""
         return copy.deepcopy(self)
+
+    def views(self) -> Views:
+        """Views of the tensors this state has now, made once: see `torch_token`."""
+        tensors = self.base, self.keys, self.values, self.log_decays, self.cursor
+        made: Views | None = self.__dict__.get("_views")
+        if made is None or not made.of(*tensors):
+            made = self.__dict__["_views"] = Views(*tensors)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_views"}
 
     def _rows(self) -> tuple[Tensor, ...]:
         return self.base, self.keys, self.values, self.log_decays

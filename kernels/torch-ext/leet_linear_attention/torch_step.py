@@ -50,7 +50,7 @@ def fold_held(base: Tensor, keys: Tensor, values: Tensor, log_decays: Tensor) ->
     """As `fold_tokens` in fewer calls, where nothing traces and no CUDA graph is captured."""
     batch, heads, key_dim, value_dim = base.shape
     wide = torch.float64
-    factors = _factors(log_decays.to(wide), batch * heads)
+    factors = decay_factors(log_decays.to(wide), batch * heads)
     weighed = _lanes(keys, heads, wide).mT * factors[..., 1:]
     update = torch.bmm(weighed, _lanes(values, heads, wide))
     base.view(batch * heads, key_dim, value_dim).mul_(factors[..., :1].to(base.dtype)).add_(update)
@@ -82,12 +82,8 @@ def step(
     if tokens == 0:
         return q.new_empty(batch, 0, heads, value_dim)
     start, count, _ = cursor.tolist()
-    if tokens == 1 and start + count < keys.shape[1]:
-        held = _append(k, v, log_decay, keys, values, log_decays, start, count)
-        out = _one_token(q, *held, base, scale)
-    else:
-        held = _append_many(k, v, log_decay, keys, values, log_decays, start, count)
-        out = _several_tokens(q, *held, base, scale)
+    held = _append(k, v, log_decay, keys, values, log_decays, start, count)
+    out = _outputs(q, *held, base, scale)
     fold = 0 if count + tokens <= buffer else min(count, count + tokens - max(keep, tokens))
     if fold:
         fold_held(base, *(x[:, :fold] for x in held))
@@ -100,31 +96,6 @@ Held = tuple[Tensor, Tensor, Tensor]  # keys [B, n, Hk, K], values [B, n, Hv, V]
 
 
 def _append(
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    log_decays: Tensor,
-    start: int,
-    count: int,
-) -> Held:
-    """Put one token into the rings, which hold `count` tokens from slot `start` on and do not wrap: views."""
-    total = count + 1
-    held = keys.narrow(1, start, total), values.narrow(1, start, total), log_decays.narrow(1, start, total)
-    keys.narrow(1, start + count, 1).copy_(k)
-    values.narrow(1, start + count, 1).copy_(v)
-    decay = log_decays.narrow(1, start + count, 1)
-    if log_decay is None:
-        decay.zero_()
-    elif log_decay.shape[-1] == decay.shape[-1]:
-        decay.copy_(log_decay)
-    else:
-        decay.copy_(per_token(log_decay, log_decays, 1))
-    return held
-
-
-def _append_many(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
@@ -150,26 +121,14 @@ def _append_many(
     return tuple(ring.index_select(1, held) for ring in rings)  # type: ignore[return-value]
 
 
-def _one_token(q: Tensor, keys: Tensor, values: Tensor, log_decays: Tensor, base: Tensor, scale: float) -> Tensor:
-    """o `[B, 1, H, V]` of the newest token held, as `_several_tokens` in fewer calls, which are what costs."""
-    batch, heads, key_dim, value_dim = base.shape
-    lanes, dtype = batch * heads, base.dtype
-    factors = _factors(log_decays, lanes)
-    query, key, value = (_lanes(x, heads, dtype) for x in (q, keys, values))
-    weights = torch.bmm(query, key.mT).mul_(factors.narrow(2, 1, keys.shape[1]))
-    out = torch.bmm(query, base.view(lanes, key_dim, value_dim)).mul_(factors.narrow(2, 0, 1))
-    out = out.baddbmm_(weights, value, beta=scale, alpha=scale).view(batch, 1, heads, value_dim)
-    return out if q.dtype == dtype else out.to(q.dtype)
-
-
-def _factors(log_decays: Tensor, lanes: int) -> Tensor:
+def decay_factors(log_decays: Tensor, lanes: int) -> Tensor:
     """`[B * H, 1, n + 1]` for log_decays `[B, n, H]`: the decay of the state, then of every token, to the last one.
 
     Each from the sum of what follows: nothing is subtracted, so float32 is exact enough.
     """
     batch, tokens, _ = log_decays.shape
-    later = _later(tokens, log_decays.dtype, log_decays.device)
-    sums = torch.mm(log_decays[0].t(), later) if batch == 1 else torch.matmul(log_decays.mT, later)
+    after = later(tokens, log_decays.dtype, log_decays.device)
+    sums = torch.mm(log_decays[0].t(), after) if batch == 1 else torch.matmul(log_decays.mT, after)
     return sums.exp_().view(lanes, 1, tokens + 1)
 
 
@@ -181,13 +140,13 @@ def _lanes(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _later(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def later(tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`[n, n + 1]`: 1 where the token (row) comes after the state (column 0) or after token column - 1."""
     with torch.inference_mode(False), torch.no_grad():
         return torch.ones(tokens, tokens + 1, dtype=dtype, device=device).tril()
 
 
-def _several_tokens(q: Tensor, keys: Tensor, values: Tensor, log_decays: Tensor, base: Tensor, scale: float) -> Tensor:
+def _outputs(q: Tensor, keys: Tensor, values: Tensor, log_decays: Tensor, base: Tensor, scale: float) -> Tensor:
     """o `[B, T, H, V]` of the T newest tokens held."""
     heads, dtype, old = base.shape[1], base.dtype, keys.shape[1] - q.shape[1]
     running = running_decay(log_decays)

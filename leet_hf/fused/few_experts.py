@@ -1,0 +1,89 @@
+"""Experts of a mixture for one token on a CPU: two products for each expert it chose.
+
+The host's "grouped_mm" sorts tokens by experts first, which for one token takes longer than the products; from two
+tokens on it is as fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..slots import foreign_forward
+
+FORMULA = "transformers.integrations.moe"  # where the forward is defined that transformers' decorator gives experts
+# What the products stand for. Any other implementation, "eager" too, is somebody's choice.
+STANDS_FOR = ("grouped_mm", "batched_mm")
+
+
+@dataclass
+class ExpertsBinding:
+    """What patching puts on the experts of a mixture. had_entry: how to take the patch off again."""
+
+    had_entry: bool = False
+
+
+def experts_of(base: nn.Module) -> list[tuple[nn.Module, ExpertsBinding]]:
+    """The experts in a model that have a binding or can have one; no others, nor those somebody replaced."""
+    found = ((module, module.__dict__.get("_leet") or _binding(module)) for module in base.modules())
+    return [(module, binding) for module, binding in found if isinstance(binding, ExpertsBinding)]
+
+
+def _binding(module: nn.Module) -> ExpertsBinding | None:
+    forward: Any = type(module).forward
+    if getattr(forward, "__globals__", {}).get("__name__") != FORMULA or foreign_forward(module) is not None:
+        return None
+    return ExpertsBinding() if _has_form(module) else None
+
+
+def _has_form(experts: nn.Module) -> bool:
+    """Whether experts are a gate and up projection in one and a down projection, without biases, all in one process."""
+    flags = experts.__dict__
+    return (
+        flags.get("has_gate", False)
+        and not any(flags.get(flag, False) for flag in ("has_bias", "is_transposed", "has_post_expert_norm"))
+        and not flags.get("_is_expert_parallel", False)
+        and experts._parameters.get("gate_up_proj") is not None
+        and experts._parameters.get("down_proj") is not None
+    )
+
+
+def experts_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Replaces the forward of experts: `one_token` where it stands for the host's formula, else its class's own."""
+    if len(args) == 3 and not kwargs and _serves(self, *args):
+        return one_token(self, *args)
+    return type(self).forward(self, *args, **kwargs)
+
+
+def _serves(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> bool:
+    """Whether this is one token in float32 on a CPU, without gradients, and nothing watches or changes the call."""
+    if torch.compiler.is_compiling() or hidden_states.shape[:-1] != (1,) or not _has_form(experts):
+        return False
+    weights = experts._parameters
+    tensors = (hidden_states, top_k_weights, weights["gate_up_proj"], weights["down_proj"])
+    return (
+        all(type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.dtype == torch.float32 for x in tensors)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        and type(top_k_index) is Tensor
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and experts.config._experts_implementation in STANDS_FOR
+    )
+
+
+def one_token(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The sum of a token's experts, as the host's implementations compute it, without gradients.
+
+    hidden_states [1, hidden], top_k_index and top_k_weights [1, top k]. Returns [1, hidden].
+    """
+    into_up, into_down = experts.gate_up_proj, experts.down_proj
+    chosen = top_k_index.tolist()[0]
+    between = experts._apply_gate(torch.cat([F.linear(hidden_states, into_up.select(0, one)) for one in chosen]))
+    each = [F.linear(row, into_down.select(0, one)) for row, one in zip(between.split(1), chosen, strict=True)]
+    return torch.mm(top_k_weights, torch.cat(each))
