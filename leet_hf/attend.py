@@ -63,7 +63,8 @@ def _after_the_past(
     """Few tokens by a step; many by the operator, the last of them by a step if they may be taken back."""
     dtype, tokens = q.dtype, q.shape[1]
     state = layer.ready(q.shape[0], tokens, dtype, q.device)
-    q, k, v = (x.to(state.keys.dtype) for x in (q, k, v))
+    if not q.dtype == k.dtype == v.dtype == state.keys.dtype:
+        q, k, v = (x.to(state.keys.dtype) for x in (q, k, v))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, log_decay, layer.graph)):
         o, final = linear_attention(
             q, k, v, log_decay, scale=scale, initial_state=layer.differentiable_state(),

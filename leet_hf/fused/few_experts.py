@@ -65,9 +65,11 @@ def _serves(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
         return False
     weights = experts._parameters
     tensors = (hidden_states, top_k_weights, weights["gate_up_proj"], weights["down_proj"])
+    for x in tensors:
+        if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or x.dtype != torch.float32:
+            return False
     return (
-        all(type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.dtype == torch.float32 for x in tensors)
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         and type(top_k_index) is Tensor
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
@@ -85,5 +87,6 @@ def one_token(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_we
     into_up, into_down = experts.gate_up_proj, experts.down_proj
     chosen = top_k_index.tolist()[0]
     between = experts._apply_gate(torch.cat([F.linear(hidden_states, into_up.select(0, one)) for one in chosen]))
-    each = [F.linear(row, into_down.select(0, one)) for row, one in zip(between.split(1), chosen, strict=True)]
+    rows = between.chunk(len(chosen))
+    each = [F.linear(row, into_down.select(0, one)) for row, one in zip(rows, chosen, strict=True)]
     return torch.mm(top_k_weights, torch.cat(each))
