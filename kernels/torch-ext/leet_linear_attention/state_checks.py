@@ -20,7 +20,7 @@ def check_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale:
             f"state is a {type(state).__name__}; it must be a DecodeState: make one with DecodeState.allocate(...)"
         )
     key = None if torch.compiler.is_compiling() else _step_metadata(q, k, v, log_decay, scale, state)
-    if key in PASSED:
+    if key is not None and key in PASSED:  # a compiler would guard the set even for None
         if log_decay is not None:
             check_values_of(log_decay)
         return
