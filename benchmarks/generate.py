@@ -369,7 +369,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for more in parts(chosen, bandwidth):
         rows += more
-        record = {"copy_bytes_per_second": bandwidth, "prompt": PROMPT, "rows": rows}
+        record: dict[str, Any] = {"copy_bytes_per_second": bandwidth, "prompt": PROMPT, "rows": rows}
+        if not bandwidth:
+            record["clock"] = "processor time of one thread"
         path = write(name, record, chosen.output, part_by="what" if chosen.only else "")
     if not rows:
         raise SystemExit(f"--only {chosen.only!r} names no part")

@@ -48,11 +48,11 @@ class _Host:
 def patch_model(model: Model, *, method: str = "auto", decode_graphs: bool = True) -> Model:
     """Make a model's linear-attention layers right and fast: recurrent cache, exact padding and packing, fp32 states.
 
-    Replaces the forward of the recognised layers, of their base model and of its RMSNorms (one kernel on CUDA) on this
-    instance alone, lets its generate() use standard caches, and computes transformers' loss of causal language models,
-    unless the model has another, in pieces. Parameters, buffers, config, class and everything
-    `save_pretrained` writes stay as they are. Patching a patched model, or one of `leet_hf`'s own (RetNet), only sets
-    `method` and `decode_graphs`.
+    Replaces the forward of the recognised layers, of their base model, of its RMSNorms (one kernel on CUDA) and of its
+    experts (for one token on a CPU) on this instance alone, lets its generate() use standard caches, and computes
+    transformers' loss of causal language models, unless the model has another, in pieces. Parameters, buffers, config,
+    class and everything `save_pretrained` writes stay as they are. Patching a patched model, or one of `leet_hf`'s own
+    (RetNet), only sets `method` and `decode_graphs`.
 
     Args:
         model: a live model, or one that contains it (PEFT, say); before or after `.to()`, with or without device_map.
