@@ -115,7 +115,7 @@ def linear_attention_step(
     operator: Callable[..., Tensor] = torch.ops.leet_linear_attention.step
     with torch.no_grad():
         if _plain(q, k, v, log_decay):
-            if chosen == "torch" and q.shape[1] == 1:
+            if chosen == "torch" and q.is_cpu and q.shape[1] == 1:
                 o = step_one(q, k, v, log_decay, state.views(), scale, state.buffer, state.keep)
                 if o is not None:
                     return o
