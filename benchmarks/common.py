@@ -132,6 +132,23 @@ def timed_host(function: Callable[[], Any], calls: int = 200) -> dict[str, float
     return {"median": statistics.median(samples), "low": samples[0], "high": samples[-1]}
 
 
+def prompt(batch: int, tokens: int, device: str, vocab: int) -> torch.Tensor:
+    """Random tokens [batch, tokens], the same for the same arguments."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, vocab, (batch, tokens), generator=generator).to(device)
+
+
+def seconds(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of a call by a clock, with the GPU's work before and after it done where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    begin = clock()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return clock() - begin
+
+
 def first_call(function: Callable[[], Any]) -> float:
     """Seconds of a call and its device work, compiling included where it is the first."""
     torch.cuda.synchronize()

@@ -13,7 +13,6 @@ A run of one part leaves the results of the others as they are.
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import itertools
 import json
@@ -26,20 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import copy_bandwidth, one_thread, options, require_cuda, spread, table, write
-from transformers import AutoModelForCausalLM, AutoTokenizer, MiniMaxConfig, MiniMaxForCausalLM
+from common import copy_bandwidth, one_thread, options, prompt, require_cuda, seconds, table, write
+from small import cpu, drafts
+from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
 from leet_hf import patch_model, patch_report
 from leet_hf.retnet import RetNetConfig, RetNetForCausalLM
-from leet_hf.versions import CACHE, cache_of
+from leet_hf.versions import cache_of
 
-KJV = Path(__file__).parent.parent / "examples" / "assets" / "kjv-minimax"
-REPETITIVE = (
-    "And the sons of Reuben; Hanoch, and Phallu, Hezron, and Carmi.\n"
-    "And the sons of Simeon; Jemuel, and Jamin, and Ohad.\n"
-)
 PROMPT, BATCHES, VOCAB = 128, (1, 8, 64), 32000
-CPU_ROUNDS = 11
 PREFILLS = ((1, 8192), (8, 2048))
 LINEAR, SOFTMAX = "linear_attention", "full_attention"
 ENDLESS = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
@@ -83,21 +77,6 @@ def fla_retnet() -> Any:
 
 MAKERS = {"minimax": lambda: patch_model(minimax()), "retnet": retnet}
 STOCK: dict[str, Callable[[], Any]] = {"minimax": minimax, "retnet": fla_retnet}
-
-
-def prompt(batch: int, tokens: int, device: str = "cuda", vocab: int = VOCAB) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, vocab, (batch, tokens), generator=generator).to(device)
-
-
-def seconds(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    begin = clock()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return clock() - begin
 
 
 def per_token(model: Any, ids: torch.Tensor, many: int, **arguments: Any) -> dict[str, float]:
@@ -146,10 +125,10 @@ def decoding(name: str, batches: list[int], peers: bool, bandwidth: float) -> li
     for who, make in contenders(name, peers):
         model = make()
         for batch, row in rows.items() if model is not None else ():
-            row[f"{who} spread"] = per_token(model, prompt(batch, PROMPT), 64 if who == "ours" else 16)
+            row[f"{who} spread"] = per_token(model, prompt(batch, PROMPT, "cuda", VOCAB), 64 if who == "ours" else 16)
             row[f"{who} ms"] = row[f"{who} spread"]["median"]
             with torch.no_grad():
-                cache = cache_of(model(prompt(batch, PROMPT), use_cache=True))
+                cache = cache_of(model(prompt(batch, PROMPT, "cuda", VOCAB), use_cache=True))
             row[f"{who} cache MB"] = cache_bytes(cache) / 2**20
             if who == "ours":
                 weights, states = read_bytes(model, cache, batch)
@@ -174,7 +153,7 @@ def prefill(peers: bool) -> list[dict[str, Any]]:
         for who, make in contenders(name, peers):
             model = make()
             for (batch, tokens), row in found.items() if model is not None else ():
-                ids = prompt(batch, tokens)
+                ids = prompt(batch, tokens, "cuda", VOCAB)
 
                 @torch.no_grad()
                 def run(model: Any = model, ids: torch.Tensor = ids) -> None:
@@ -200,7 +179,7 @@ def first(name: str) -> dict[str, Any]:
 
 
 def child(name: str) -> None:
-    model, ids = MAKERS[name](), prompt(1, PROMPT)
+    model, ids = MAKERS[name](), prompt(1, PROMPT, "cuda", VOCAB)
     times: list[float] = []
 
     class Clock:
@@ -218,80 +197,6 @@ def child(name: str) -> None:
     record = {"first token s": times[1] - begin, "slowest later token s": max(gaps), "32 tokens s": times[-1] - begin}
     record["graph MB"] = model._leet.decoding.recorder.nbytes / 2**20 if model._leet.decoding.recorder else 0.0
     print(json.dumps(record))
-
-
-def small_model() -> tuple[Any, Any]:
-    """The repository's small trained model, stock and in float32, and its tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(KJV, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None
-    return model, AutoTokenizer.from_pretrained(KJV)
-
-
-def drafts(device: str) -> list[dict[str, Any]]:
-    """The small trained model on a text that repeats itself: plain decoding and prompt lookup, the same tokens."""
-    model, tokenizer = small_model()
-    model = patch_model(model.to(device))
-    clock = time.thread_time if device == "cpu" else time.perf_counter
-    ids, new = tokenizer(REPETITIVE * 4, return_tensors="pt").input_ids.to(device), 96
-    rows: list[dict[str, Any]] = []
-    written = []
-    for name, arguments in {"plain": {}, "prompt lookup": {"prompt_lookup_num_tokens": 7}}.items():
-        forwards: list[int] = []
-
-        def run(arguments: dict[str, Any] = arguments) -> Any:
-            return model.generate(ids, max_new_tokens=new, do_sample=False, **arguments)
-
-        run()  # compiles and records what there is to
-        handle = model.lm_head.register_forward_hook(lambda *_, seen=forwards: seen.append(1))  # not recorded
-        written.append(run())
-        handle.remove()
-        milliseconds = statistics.median(seconds(run, clock) for _ in range(5)) * 1e3 / new
-        rows.append({"what": f"drafts {name}, {device}", "ours ms": milliseconds})
-        rows[-1] |= {
-            "tokens per forward": new / len(forwards),
-            "same tokens": bool(torch.equal(written[0], written[-1])),
-        }
-        print(rows[-1], flush=True)
-    return rows
-
-
-def cpu() -> list[dict[str, Any]]:
-    """The repository's small trained model on the CPU: decoding, and texts that go on from a cache."""
-    tokenizer = small_model()[1]
-    models = {"ours": patch_model(small_model()[0]), "peer": small_model()[0]}
-    ids = tokenizer("In the beginning God created the heaven and the earth.", return_tensors="pt").input_ids
-    few, many = 4, 64
-
-    def decode(model: Any) -> float:
-        """Seconds a token, over those between a short call and a long one."""
-        times = [
-            seconds(lambda new=new: model.generate(ids, max_new_tokens=new, do_sample=False), time.thread_time)
-            for new in (few, few + many)
-        ]
-        return (times[1] - times[0]) / many
-
-    @torch.no_grad()
-    def go_on(model: Any, tokens: int) -> float:
-        more = prompt(1, tokens, "cpu", model.config.vocab_size)
-        cache = cache_of(model(ids, use_cache=True))
-        return seconds(lambda: model(more, use_cache=True, **{CACHE: cache}), time.thread_time)
-
-    calls: dict[str, Callable[[Any], float]] = {"cpu decode": decode}
-    calls |= {f"cpu {tokens} tokens after a cache": functools.partial(go_on, tokens=tokens) for tokens in (64, 512)}
-    rows: list[dict[str, Any]] = []
-    for what, call in calls.items():
-        samples: dict[str, list[float]] = {who: [] for who in models}
-        for place in range(CPU_ROUNDS + 1):  # in turns, as the machine may have other work; the first is not counted
-            for who, model in models.items():
-                milliseconds = call(model) * 1e3
-                samples[who] += [milliseconds] if place else []
-        found = {who: spread(values) for who, values in samples.items()}
-        row: dict[str, Any] = {"what": what} | {f"{who} ms": found[who]["median"] for who in models}
-        row["x peer"] = row["peer ms"] / row["ours ms"]
-        row["of least"] = found["peer"]["least"] / found["ours"]["least"]
-        rows.append(row | {f"{who} spread": found[who] for who in models})
-        print(rows[-1], flush=True)
-    return rows
 
 
 def clean() -> None:

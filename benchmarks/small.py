@@ -1,0 +1,98 @@
+"""The repository's small trained model, for `generate.py`: what drafts gain, and decoding on a CPU beside stock."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import prompt, seconds, spread
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from leet_hf import patch_model
+from leet_hf.versions import CACHE, cache_of
+
+KJV = Path(__file__).parent.parent / "examples" / "assets" / "kjv-minimax"
+REPETITIVE = (
+    "And the sons of Reuben; Hanoch, and Phallu, Hezron, and Carmi.\n"
+    "And the sons of Simeon; Jemuel, and Jamin, and Ohad.\n"
+)
+CPU_ROUNDS = 11
+
+
+def small_model() -> tuple[Any, Any]:
+    """The repository's small trained model, stock and in float32, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(KJV, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    return model, AutoTokenizer.from_pretrained(KJV)
+
+
+def drafts(device: str) -> list[dict[str, Any]]:
+    """The small trained model on a text that repeats itself: plain decoding and prompt lookup, the same tokens."""
+    model, tokenizer = small_model()
+    model = patch_model(model.to(device))
+    clock = time.thread_time if device == "cpu" else time.perf_counter
+    ids, new = tokenizer(REPETITIVE * 4, return_tensors="pt").input_ids.to(device), 96
+    rows: list[dict[str, Any]] = []
+    written = []
+    for name, arguments in {"plain": {}, "prompt lookup": {"prompt_lookup_num_tokens": 7}}.items():
+        forwards: list[int] = []
+
+        def run(arguments: dict[str, Any] = arguments) -> Any:
+            return model.generate(ids, max_new_tokens=new, do_sample=False, **arguments)
+
+        run()  # compiles and records what there is to
+        handle = model.lm_head.register_forward_hook(lambda *_, seen=forwards: seen.append(1))  # not recorded
+        written.append(run())
+        handle.remove()
+        milliseconds = statistics.median(seconds(run, clock) for _ in range(5)) * 1e3 / new
+        rows.append({"what": f"drafts {name}, {device}", "ours ms": milliseconds})
+        rows[-1] |= {
+            "tokens per forward": new / len(forwards),
+            "same tokens": bool(torch.equal(written[0], written[-1])),
+        }
+        print(rows[-1], flush=True)
+    return rows
+
+
+def cpu() -> list[dict[str, Any]]:
+    """The repository's small trained model on the CPU: decoding, and texts that go on from a cache."""
+    tokenizer = small_model()[1]
+    models = {"ours": patch_model(small_model()[0]), "peer": small_model()[0]}
+    ids = tokenizer("In the beginning God created the heaven and the earth.", return_tensors="pt").input_ids
+    few, many = 4, 64
+
+    def decode(model: Any) -> float:
+        """Seconds a token, over those between a short call and a long one."""
+        times = [
+            seconds(lambda new=new: model.generate(ids, max_new_tokens=new, do_sample=False), time.thread_time)
+            for new in (few, few + many)
+        ]
+        return (times[1] - times[0]) / many
+
+    @torch.no_grad()
+    def go_on(model: Any, tokens: int) -> float:
+        more = prompt(1, tokens, "cpu", model.config.vocab_size)
+        cache = cache_of(model(ids, use_cache=True))
+        return seconds(lambda: model(more, use_cache=True, **{CACHE: cache}), time.thread_time)
+
+    calls: dict[str, Callable[[Any], float]] = {"cpu decode": decode}
+    calls |= {f"cpu {tokens} tokens after a cache": functools.partial(go_on, tokens=tokens) for tokens in (64, 512)}
+    rows: list[dict[str, Any]] = []
+    for what, call in calls.items():
+        samples: dict[str, list[float]] = {who: [] for who in models}
+        for place in range(CPU_ROUNDS + 1):  # in turns, as the machine may have other work; the first is not counted
+            for who, model in models.items():
+                milliseconds = call(model) * 1e3
+                samples[who] += [milliseconds] if place else []
+        found = {who: spread(values) for who, values in samples.items()}
+        row: dict[str, Any] = {"what": what} | {f"{who} ms": found[who]["median"] for who in models}
+        row["x peer"] = row["peer ms"] / row["ours ms"]
+        row["of least"] = found["peer"]["least"] / found["ours"]["least"]
+        rows.append(row | {f"{who} spread": found[who] for who in models})
+        print(rows[-1], flush=True)
+    return rows
