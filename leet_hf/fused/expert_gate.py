@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .expert_form import has_default_gate
 from .glu import activation_name, gated
 
 NAME = "_apply_gate"  # what transformers' implementations of experts call between the two projections
@@ -43,8 +44,7 @@ def restore_gate(module: nn.Module) -> None:
 
 
 def _serves(module: nn.Module) -> bool:
-    own = getattr(type(module), NAME, None)
-    if getattr(own, "__module__", None) != "transformers.integrations.moe" or not getattr(module, "has_gate", False):
+    if not has_default_gate(module):
         return False
     given = module.__dict__.get(NAME)
     return (given is None or _is_ours(given)) and activation_name(getattr(module, "act_fn", None)) is not None

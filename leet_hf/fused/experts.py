@@ -14,6 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from leet_linear_attention.dispatch import available_methods
 
+from .expert_form import has_default_gate, is_plain
 from .glu import activation_name
 
 NAME = "leet_hf"
@@ -25,10 +26,9 @@ def misfit(experts: nn.Module, tokens: int) -> str | None:
     if tokens > MOST_TOKENS:
         return f"{tokens} tokens are more than {MOST_TOKENS}"
     given: Any = experts
-    plain = given.has_gate and not given.has_bias and not given.is_transposed and given.is_concatenated
-    if not plain or getattr(given, "has_post_expert_norm", False) or getattr(given, "_is_expert_parallel", False):
+    if not is_plain(experts) or not given.is_concatenated:
         return "the experts have another form than a gate, up and down projection without bias"
-    if type(given)._apply_gate.__module__ != "transformers.integrations.moe" or activation_name(given.act_fn) != "silu":
+    if not has_default_gate(experts) or activation_name(given.act_fn) != "silu":
         return "the experts' gate is another than silu(gate) * up"
     if not (given.gate_up_proj.is_contiguous() and given.down_proj.is_contiguous()):
         return "the experts' weights are not contiguous"

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..slots import foreign_forward
+from .expert_form import MOE, is_plain
 
-FORMULA = "transformers.integrations.moe"  # where the forward is defined that transformers' decorator gives experts
 # What the products stand for. Any other implementation, "eager" too, is somebody's choice.
 STANDS_FOR = ("grouped_mm", "batched_mm")
 
@@ -35,21 +35,9 @@ def experts_of(base: nn.Module) -> list[tuple[nn.Module, ExpertsBinding]]:
 
 def _binding(module: nn.Module) -> ExpertsBinding | None:
     forward: Any = type(module).forward
-    if getattr(forward, "__globals__", {}).get("__name__") != FORMULA or foreign_forward(module) is not None:
+    if getattr(forward, "__globals__", {}).get("__name__") != MOE or foreign_forward(module) is not None:
         return None
-    return ExpertsBinding() if _has_form(module) else None
-
-
-def _has_form(experts: nn.Module) -> bool:
-    """Whether experts are a gate and up projection in one and a down projection, without biases, all in one process."""
-    flags = experts.__dict__
-    return (
-        flags.get("has_gate", False)
-        and not any(flags.get(flag, False) for flag in ("has_bias", "is_transposed", "has_post_expert_norm"))
-        and not flags.get("_is_expert_parallel", False)
-        and experts._parameters.get("gate_up_proj") is not None
-        and experts._parameters.get("down_proj") is not None
-    )
+    return ExpertsBinding() if is_plain(module) else None
 
 
 def experts_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -61,7 +49,7 @@ def experts_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 def _serves(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> bool:
     """Whether this is one token in float32 on a CPU, without gradients, and nothing watches or changes the call."""
-    if torch.compiler.is_compiling() or hidden_states.shape[:-1] != (1,) or not _has_form(experts):
+    if torch.compiler.is_compiling() or hidden_states.shape[:-1] != (1,) or not is_plain(experts):
         return False
     weights = experts._parameters
     tensors = (hidden_states, top_k_weights, weights["gate_up_proj"], weights["down_proj"])

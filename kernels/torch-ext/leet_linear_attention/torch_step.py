@@ -51,8 +51,8 @@ def fold_held(base: Tensor, keys: Tensor, values: Tensor, log_decays: Tensor) ->
     batch, heads, key_dim, value_dim = base.shape
     wide = torch.float64
     factors = decay_factors(log_decays.to(wide), batch * heads)
-    weighed = _lanes(keys, heads, wide).mT * factors[..., 1:]
-    update = torch.bmm(weighed, _lanes(values, heads, wide))
+    weighed = in_lanes(keys, heads, wide).mT * factors[..., 1:]
+    update = torch.bmm(weighed, in_lanes(values, heads, wide))
     base.view(batch * heads, key_dim, value_dim).mul_(factors[..., :1].to(base.dtype)).add_(update)
 
 
@@ -132,10 +132,14 @@ def decay_factors(log_decays: Tensor, lanes: int) -> Tensor:
     return sums.exp_().view(lanes, 1, tokens + 1)
 
 
-def _lanes(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """Tokens `[B, n, h, D]` as `[B * heads, n, D]` in `dtype`: a view of one row of as many heads in that dtype."""
-    if x.shape[0] == 1 and x.shape[2] == heads and x.dtype == dtype:
-        return x[0].transpose(0, 1)
+def in_lanes(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """Tokens `[B, n, h, D]` as `[B * heads, n, D]` in `dtype`: a view of one row or token of as many heads in it."""
+    batch, tokens, held, width = x.shape
+    if held == heads and x.dtype == dtype:
+        if batch == 1:
+            return x[0].transpose(0, 1)
+        if tokens == 1:
+            return x.reshape(batch * heads, 1, width)
     return by_head(x, heads, dtype).flatten(0, 1)
 
 

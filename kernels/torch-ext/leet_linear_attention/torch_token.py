@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .precision import full_precision
-from .torch_step import by_head, fold_held, later, per_token
+from .torch_step import fold_held, in_lanes, later, per_token
 
 MOST_PLACES = 64
 
@@ -102,8 +102,8 @@ def step_one(
         here.decay.copy_(log_decay if log_decay.shape[-1] == heads else per_token(log_decay, log_decays, 1))
 
     torch.bmm(here.log_decays, here.later, out=here.factors).exp_()
-    query = _lanes(q, heads, base.dtype)
-    key, value = here.lanes or (_lanes(here.keys, heads, base.dtype).mT, _lanes(here.values, heads, base.dtype))
+    query = in_lanes(q, heads, base.dtype)
+    key, value = here.lanes or (in_lanes(here.keys, heads, base.dtype).mT, in_lanes(here.values, heads, base.dtype))
     weights = torch.bmm(query, key).mul_(here.of_tokens)
     out = torch.bmm(query, views.base).mul_(here.of_state).baddbmm_(weights, value, beta=scale, alpha=scale)
 
@@ -115,11 +115,3 @@ def step_one(
     views.count.fill_(total - fold)
     out = out.view(batch, 1, heads, value_dim)
     return out if q.dtype == base.dtype else out.to(q.dtype)
-
-
-def _lanes(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """Tokens `[B, n, h, D]` as `[B * heads, n, D]` in `dtype`."""
-    batch, tokens, held, width = x.shape
-    if tokens == 1 and held == heads and x.dtype == dtype:
-        return x.reshape(batch * heads, 1, width)
-    return by_head(x, heads, dtype).flatten(0, 1)
