@@ -109,7 +109,7 @@ def serves(base: Any, cache: Any, arguments: dict[str, Any]) -> bool:
     tokens = ids.shape[1]
     if not 1 <= tokens <= MOST_TOKENS or positions.dim() != 2 or positions.shape[1] != tokens:
         return False
-    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2 or tokens > 1):
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
         return False
     if any(isinstance(value, torch.Tensor) or value for name, value in arguments.items() if name not in KNOWN):
         return False
