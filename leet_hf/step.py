@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from leet_linear_attention import step_asks_the_device
+from leet_linear_attention.triton.launcher import overlapping
 
 from .arena import Arena, StepRecurrent, StepSoftmax
 from .cache import lasting_tensors
 from .experts import experts_set_to, recordable_experts
-from .fused.joined import Joined
+from .fused.learned import Learned
 from .fused.router import routers_in_one_launch
 from .fused.spared import Spared
 from .layer import LayerBinding
@@ -36,7 +37,7 @@ class Step:
         self._experts, self.refused = recordable_experts(base, arena.rows * tokens)
         self.refused = self.refused or _state_obstacle(arena, base, tokens)
         self.proven = False  # whether it has run
-        self._joined = Joined()
+        self._learned = Learned()
         self.recorded: Recorded | None = None
         self._output_type: Any = None
         with lasting_tensors():
@@ -75,7 +76,9 @@ class Step:
                 if isinstance(layer, StepSoftmax):
                     layer.slots, layer.window = slots, self.window
             masks["full_attention"] = self._mask(base, slots)
-        with experts_set_to(base, self.experts), routers_in_one_launch(base), Spared(), self._joined:
+        # The first run compiles what a recording launches, in the form it launches it.
+        overlap = overlapping(self.arena.device)
+        with overlap, experts_set_to(base, self.experts), routers_in_one_launch(base), Spared(), self._learned:
             output = self._forward(
                 base,
                 input_ids=self.ids,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from leet_linear_attention.triton.common import dot
+from leet_linear_attention.triton.common import dot, wait_for_inputs
 from leet_linear_attention.triton.launcher import Launcher
 
 
@@ -13,6 +13,7 @@ from leet_linear_attention.triton.launcher import Launcher
 def up_kernel(
     x_ptr, index_ptr, weight_ptr, out_ptr, T,
     D: tl.constexpr, I: tl.constexpr, TOP: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """silu(gate) * up. Grid (experts * tiles of I,). x [T, D], index [T, TOP], weight [E, 2 I, D]
     with the gate's rows first; out [T, TOP, I]."""
@@ -20,6 +21,7 @@ def up_kernel(
     expert = (tl.program_id(0) // TILES).to(tl.int64)
     t = tl.arange(0, BT)
     mask_t = t < T
+    wait_for_inputs(OVERLAP)
     hits = tl.zeros((BT,), dtype=tl.int32)
     for j in tl.static_range(TOP):
         hits += (tl.load(index_ptr + t * TOP + j, mask=mask_t, other=-1) == expert).to(tl.int32)
@@ -53,6 +55,7 @@ def up_kernel(
 def down_kernel(
     inner_ptr, index_ptr, share_ptr, weight_ptr, out_ptr, T, E,
     D: tl.constexpr, I: tl.constexpr, TOP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The sum over a token's experts of share * down(inner). Grid (tiles of D,). inner [T, TOP, I]; index and share
     [T, TOP]; weight [E, D, I]; out [T, D]."""
@@ -62,6 +65,7 @@ def down_kernel(
     mask_d = d < D
     i = tl.arange(0, BI)
     kind = out_ptr.dtype.element_ty
+    wait_for_inputs(OVERLAP)
     total = tl.zeros((BT, BD), dtype=tl.float32)
     for expert in range(0, E):
         hits = tl.zeros((BT,), dtype=tl.int32)
@@ -86,4 +90,4 @@ def down_kernel(
     tl.store(out_ptr + t[:, None] * D + d[None, :], total.to(kind), mask=mask_t[:, None] & mask_d[None, :])
 
 
-up, down = Launcher(up_kernel), Launcher(down_kernel)
+up, down = Launcher(up_kernel, overlaps=True), Launcher(down_kernel, overlaps=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 from transformers.activations import GELUActivation, SiLUActivation
 
 from .route import route, unit_last_stride, wants_gradient
@@ -41,10 +42,13 @@ def gated(gate: Tensor, up: Tensor, activation: str, *, method: str = "auto") ->
         return torch.ops.leet_hf.gated(gate, up, activation)
     if wants_gradient(gate, up):
         return _Gated.apply(gate, up, activation)
-    return _gated(gate, up, activation)
+    return by_kernel(gate, up, activation)
 
 
-def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def by_kernel(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`gated` by the kernel, without gradients; modes of torch functions can stand in for it, as for torch's own."""
+    if has_torch_function_unary(gate):
+        return handle_torch_function(by_kernel, (gate,), gate, up, activation)  # type: ignore[no-any-return]
     from .glu_kernel import gated  # imports triton
 
     return gated(gate, up, activation)
@@ -69,7 +73,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         # The context comes first: apart from it, autograd would look up the signature at every call.
         _setup_context(ctx, arguments, None)
-        return _gated(*arguments)
+        return by_kernel(*arguments)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -96,7 +100,7 @@ _library = torch.library.Library("leet_hf", "FRAGMENT")
 _library.define("gated(Tensor gate, Tensor up, str activation) -> Tensor")
 _library.define("gated_backward(Tensor dout, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)")
 for _name, _function, _fake in (
-    ("gated", _gated, _gated_fake),
+    ("gated", by_kernel, _gated_fake),
     ("gated_backward", _gated_backward, _gated_backward_fake),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from leet_linear_attention.triton.common import wait_for_inputs
 from leet_linear_attention.triton.launch import Plans, form_of
 from leet_linear_attention.triton.launcher import Launch, Launcher, device_index
 
@@ -27,13 +28,14 @@ def activated(x, GELU: tl.constexpr):
 @triton.jit(do_not_specialize=["N", "blocks", "stride_gate", "stride_up"])
 def gated_kernel(
     gate_ptr, up_ptr, out_ptr, N, blocks, stride_gate, stride_up,
-    BLOCK: tl.constexpr, GELU: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr, GELU: tl.constexpr, ALIGN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows * blocks,), blocks fastest. N and the strides of rows over ALIGN; out contiguous."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     mask = i < N.to(tl.int64) * ALIGN - first
+    wait_for_inputs(OVERLAP)
     gate = tl.load(gate_ptr + row * stride_gate * ALIGN + first + i, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride_up * ALIGN + first + i, mask=mask, other=0.0).to(tl.float32)
     act, _ = activated(gate, GELU)
@@ -59,7 +61,7 @@ def gated_backward_kernel(
     tl.store(dup_ptr + at, (dout * act).to(dup_ptr.dtype.element_ty), mask=mask)
 
 
-_forward, _backward, _plans = Launcher(gated_kernel), Launcher(gated_backward_kernel), Plans()
+_forward, _backward, _plans = Launcher(gated_kernel, overlaps=True), Launcher(gated_backward_kernel), Plans()
 BLOCK = 1024
 
 

@@ -1,29 +1,26 @@
-"""Linear layers of one input in a decode step, such as q, k, v and a gate: one launch for all of them.
+"""Linear layers of a decode step's few rows: several of one input in one launch, alone or with their gated unit.
 
 A weight of a few megabytes is read in less time than its launch needs to reach the memory's speed; together they do.
-Which layers share an input is seen in a first run of the step, so nothing has to be known of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from leet_linear_attention.dispatch import available_methods
 
 MOST_ROWS = 16  # all of them are in every program's tile
 MOST_WEIGHTS = 4
-# Rows of a weight and numbers of each in a program's tile, warps, stages.
-TILE = (32, 128, 4, 4)
+WARPS, STAGES = 4, 4
+# Rows of weights and numbers of each in a program's tile: where there are many rows to share out, and where few.
+MANY, FEW = (32, 128), (16, 256)
+FEW_ROWS = 6144
+AHEAD = 16 << 20  # bytes of weights that a launch asks for while it waits for its input: they have to fit the L2 cache
 
 
 def joined_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
-    """`F.linear(x, w)` for two to `MOST_WEIGHTS` weights [Ni, D] in one launch, without gradients.
+    """`F.linear(x, w)` for one to `MOST_WEIGHTS` weights [Ni, D] in one launch, without gradients.
 
     x [..., D] of at most `MOST_ROWS` rows; all contiguous and of one 16-bit dtype. Sums are float32, rounded once.
     """
@@ -35,88 +32,56 @@ def joined_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     outs = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
     sizes = [weight.shape[0] for weight in weights]
     missing = MOST_WEIGHTS - len(weights)
-    columns, step, warps, stages = TILE
+    columns, step = FEW if sum(sizes) <= FEW_ROWS else MANY
     products(
         (sum(-(-size // columns) for size in sizes),), device_index(x),
-        (x, *weights, *weights[:1] * missing, *outs, *outs[:1] * missing), (x.numel() // width, *sizes, *[0] * missing),
-        (len(weights), width, MOST_ROWS, columns, step), warps, stages,
+        (x, *weights, *weights[:1] * missing, *outs, *outs[:1] * missing),
+        (x.numel() // width, *sizes, *[0] * missing, _ahead(weights, columns)),
+        (len(weights), width, MOST_ROWS, columns, step), WARPS, STAGES,
     )  # fmt: skip
     return outs
 
 
-class Joined(TorchFunctionMode):
-    """Inside it, for the second time and later, linear layers that had one input in the first run have one launch.
+def gated_linear(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(`F.linear(x, gate)`, `F.linear(x, up)`, `act` of the first times the second) in one launch.
 
-    The first of them computes all; the others are given what it computed, if they ask for the same product of an
-    input nothing has written to since (which tensors of inference mode can not tell), and else compute it themselves.
+    As `joined_linear`, for two weights [N, D]; activation: "silu" or "gelu", as `leet_hf.fused.glu.gated`.
     """
+    from leet_linear_attention.triton.launcher import device_index
 
-    def __init__(self, device_type: str = "cuda") -> None:
-        super().__init__()
-        self._device_type = device_type
-        self._watched: list[tuple[Tensor, int, Tensor]] = []
-        self._groups: dict[int, list[Tensor]] | None = None  # by the id of the weight that comes first
-        self._early: dict[int, tuple[Tensor, int, Tensor]] = {}
+    from .joined_kernel import gated_pair  # imports triton
 
-    def __enter__(self) -> Joined:
-        self._watched, self._early = [], {}
-        super().__enter__()
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        super().__exit__(kind, error, trace)
-        if self._groups is None and error is None:
-            self._groups = self._found()
-        self._watched, self._early = [], {}
-
-    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is F.linear and not kwargs and len(args) in (2, 3) and args[2:] in ((), (None,)):
-            x, weight = args[:2]
-            if self._serves(x, weight):
-                if self._groups is not None:
-                    return self._product(x, weight, self._groups)
-                self._watched.append((x, _version(x), weight))
-        return function(*args, **(kwargs or {}))
-
-    def _product(self, x: Tensor, weight: Tensor, groups: dict[int, list[Tensor]]) -> Tensor:
-        held = self._early.pop(id(weight), None)
-        if held is not None and held[0] is x and held[1] == _version(x):
-            return held[2]
-        group = groups.get(id(weight))
-        if group is None or any(w.device != x.device or w.dtype != x.dtype for w in group):
-            return F.linear(x, weight)
-        first, *others = joined_linear(x, group)
-        self._early |= {id(w): (x, _version(x), out) for w, out in zip(group[1:], others, strict=True)}
-        return first
-
-    def _found(self) -> dict[int, list[Tensor]]:
-        """Weights of one input, each group run once: what a recording launches has to be compiled before."""
-        by_input: dict[tuple[int, int], tuple[Tensor, dict[int, Tensor]]] = {}
-        for x, version, weight in self._watched:
-            by_input.setdefault((id(x), version), (x, {}))[1].setdefault(id(weight), weight)
-        groups = {}
-        for x, weights in by_input.values():
-            every = [*weights.values()]
-            for group in (every[i : i + MOST_WEIGHTS] for i in range(0, len(every), MOST_WEIGHTS)):
-                if len(group) > 1:
-                    joined_linear(x, group)
-                    groups[id(group[0])] = group
-        return groups
-
-    def _serves(self, x: Any, weight: Any) -> bool:
-        if type(x) is not Tensor or type(weight) not in (Tensor, nn.Parameter) or weight.dim() != 2:
-            return False
-        if x.device.type != self._device_type or weight.device != x.device or torch.is_autocast_enabled(x.device.type):
-            return False
-        if x.dtype != weight.dtype or x.element_size() != 2 or not x.is_floating_point():
-            return False
-        if x.dim() == 0 or not 0 < x.numel() <= MOST_ROWS * x.shape[-1] or x.shape[-1] != weight.shape[1]:
-            return False
-        if not (x.is_contiguous() and weight.is_contiguous()) or weight.numel() == 0:
-            return False
-        return available_methods(x.device, x.dtype)["triton"] is None
+    width, size = x.shape[-1], gate.shape[0]
+    outs = [x.new_empty(*x.shape[:-1], size) for _ in range(3)]
+    columns, step = FEW[0], MANY[1]  # of each: as much as a program for many rows has
+    gated_pair(
+        (-(-size // columns),), device_index(x), (x, gate, up, *outs),
+        (x.numel() // width, size, _ahead([gate, up], columns)),
+        (activation == "gelu", width, MOST_ROWS, columns, step), WARPS, STAGES,
+    )  # fmt: skip
+    return outs[0], outs[1], outs[2]
 
 
-def _version(x: Tensor) -> int:
-    """How often a tensor was written to; tensors of inference mode do not count."""
-    return -1 if x.is_inference() else x._version
+def _ahead(weights: list[Tensor], columns: int) -> int:
+    """How many entries of each row are asked for early: a whole number of 16 bytes for every thread of a row."""
+    width = weights[0].shape[1]
+    unit = 8 * (WARPS * 32 // columns)
+    if width % 8 or any(weight.data_ptr() % 16 for weight in weights):
+        return 0
+    rows = sum(weight.shape[0] for weight in weights)
+    return min(width, AHEAD // (2 * rows)) // unit * unit
+
+
+def joinable(x: Tensor, weight: Tensor, device_type: str) -> bool:
+    """Whether the kernels serve `F.linear(x, weight)`."""
+    if type(x) is not Tensor or type(weight) not in (Tensor, nn.Parameter) or weight.dim() != 2:
+        return False
+    if x.device.type != device_type or weight.device != x.device or torch.is_autocast_enabled(x.device.type):
+        return False
+    if x.dtype != weight.dtype or x.element_size() != 2 or not x.is_floating_point():
+        return False
+    if x.dim() == 0 or not 0 < x.numel() <= MOST_ROWS * x.shape[-1] or x.shape[-1] != weight.shape[1]:
+        return False
+    if not (x.is_contiguous() and weight.is_contiguous()) or weight.numel() == 0:
+        return False
+    return available_methods(x.device, x.dtype)["triton"] is None

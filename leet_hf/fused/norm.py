@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .route import NARROW, route, wants_gradient
 
@@ -64,7 +65,7 @@ def run(
         return torch.ops.leet_hf.rms_norm(x, weight, gate, eps, activation, each, dtype)
     if wants_gradient(*[t for t in (x, weight, gate) if t is not None]):
         return _Normed.apply(x, weight, gate, eps, activation, each, dtype)
-    return _norm(x, weight, gate, eps, activation, each, dtype)
+    return by_kernel(x, weight, gate, eps, activation, each, dtype)
 
 
 def way_of(method: str, dtype: torch.dtype, x: Tensor, *others: Tensor | None) -> str:
@@ -114,10 +115,22 @@ def _by_formula(
     return (normed if gate is None else normed * act(gate.to(wide))).to(dtype)
 
 
-def _norm(*arguments: Any) -> Tensor:
+def by_kernel(x: Tensor, *arguments: Any) -> Tensor:
+    """`run` by the kernel, without gradients; modes of torch functions can stand in for it, as for torch's own."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(by_kernel, (x,), x, *arguments)  # type: ignore[no-any-return]
     from .norm_kernel import norm  # imports triton
 
-    return norm(*arguments)
+    return norm(x, *arguments)
+
+
+def of_sum(
+    x: Tensor, other: Tensor, weight: Tensor | None, eps: float, each: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(x + other, its norm) by one kernel, without gradients: contiguous x and other of one shape and dtype."""
+    from .norm_kernel import norm_of_sum
+
+    return norm_of_sum(x, other, weight, eps, each, dtype)
 
 
 def _norm_fake(
@@ -162,7 +175,7 @@ class _Normed(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         # The context comes first: apart from it, autograd would look up the signature at every call.
         _setup_context(ctx, arguments, None)
-        return _norm(*arguments)
+        return by_kernel(*arguments)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -189,7 +202,7 @@ _library.define(
     "bool need_weight, bool need_gate) -> (Tensor, Tensor, Tensor)"
 )
 for _name, _function, _fake in (
-    ("rms_norm", _norm, _norm_fake),
+    ("rms_norm", by_kernel, _norm_fake),
     ("rms_norm_backward", _backward_operator, _backward_fake),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from leet_linear_attention.triton.common import wait_for_inputs
 from leet_linear_attention.triton.launch import Plans, form_of
 from leet_linear_attention.triton.launcher import Launch, Launcher, device_index
 from leet_linear_attention.triton.tuning import blocks, processors
@@ -47,15 +48,23 @@ def weighted(x, w, x_ptr, w_ptr, EACH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "stride_x", "stride_gate"])
 def norm_kernel(
-    x_ptr, w_ptr, gate_ptr, out_ptr, rows, stride_x, stride_gate, eps,
+    x_ptr, w_ptr, gate_ptr, out_ptr, other_ptr, sum_ptr, rows, stride_x, stride_gate, eps,
     D: tl.constexpr, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-    ALIGN: tl.constexpr, GATE: tl.constexpr, EACH: tl.constexpr,
+    ALIGN: tl.constexpr, GATE: tl.constexpr, EACH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of rows,). Strides of rows over ALIGN; out contiguous; row i takes weight row i % GROUPS."""
+    """Grid (blocks of rows,). Strides of rows over ALIGN; out contiguous; row i takes weight row i % GROUPS.
+
+    other, sum: None, or contiguous, of x's shape and dtype: what the norm is of is then x + other, which goes to sum.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     i = tl.arange(0, BLOCK_D)[None, :]
     mask = (row < rows) & (i < D)
+    wait_for_inputs(OVERLAP)
     x = tl.load(x_ptr + row * stride_x * ALIGN + i, mask=mask, other=0.0).to(tl.float32)
+    if other_ptr is not None:
+        x += tl.load(other_ptr + row * D + i, mask=mask, other=0.0).to(tl.float32)
+        x = rounded(x, sum_ptr, True)
+        tl.store(sum_ptr + row * D + i, x.to(sum_ptr.dtype.element_ty), mask=mask)
     y = rounded(x * tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / D + eps), x_ptr, EACH)
     if w_ptr is not None:
         w = tl.load(w_ptr + (row % GROUPS) * D + i, mask=mask, other=0.0).to(tl.float32)
@@ -117,7 +126,7 @@ def norm_backward_kernel(
         tl.store(dw_ptr + at, tl.sum(dw, 0, keep_dims=True), mask=i < D)
 
 
-_forward, _backward, _plans = Launcher(norm_kernel), Launcher(norm_backward_kernel), Plans()
+_forward, _backward, _plans = Launcher(norm_kernel, overlaps=True), Launcher(norm_backward_kernel), Plans()
 ENTRIES = 2048  # of a program of 4 warps: loads of 16 bytes, two each thread
 WARPS = 16  # of each processor, in programs that go on to the next rows
 
@@ -155,8 +164,25 @@ def norm(
 ) -> torch.Tensor:  # fmt: skip
     """x [..., D], weight None, [D] or [G, D], gate None or x's shape, to x's shape in dtype, contiguous."""
     out = x.new_empty(x.shape, dtype=dtype)
-    if out.numel() == 0:
-        return out
+    if out.numel():
+        _launch_norm(x, weight, gate, out, None, None, eps, activation, each)
+    return out
+
+
+def norm_of_sum(
+    x: torch.Tensor, other: torch.Tensor, weight: torch.Tensor | None, eps: float, each: bool, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + other, its norm in dtype) for contiguous x and other of one shape and dtype, as two launches would."""
+    total, out = torch.empty_like(x), x.new_empty(x.shape, dtype=dtype)
+    if out.numel():
+        _launch_norm(x, weight, None, out, other, total, eps, "linear", each)
+    return total, out
+
+
+def _launch_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, gate: torch.Tensor | None, out: torch.Tensor,
+    other: torch.Tensor | None, total: torch.Tensor | None, eps: float, activation: str, each: bool,
+) -> None:  # fmt: skip
     x = _laid_out(x)
     if weight is not None:
         weight = weight.contiguous()
@@ -174,8 +200,9 @@ def norm(
             (dim, groups, block_r, block_d, align, kind, each), warps, 1,
         )  # fmt: skip
 
-    _plans.of((form_of(x, weight, gate), x.device, eps, activation, each, dtype), make)(x, weight, gate, out)
-    return out
+    form = form_of(x, weight, gate, other)
+    launch = _plans.of((form, x.device, eps, activation, each, out.dtype), make)
+    launch(x, weight, gate, out, other, total)
 
 
 def norm_backward(

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from leet_linear_attention.triton.common import wait_for_inputs
 from leet_linear_attention.triton.launch import Plans, form_of
 from leet_linear_attention.triton.launcher import Launch, Launcher, aligned_strides, device_index
 
@@ -55,6 +56,7 @@ def rotary_kernel(
     T, Hq, Hk, sqb, sqt, sqh, skb, skt, skh, scb, sct, ssb, sst,
     D: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     PAIRS: tl.constexpr, TWICE: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, ALIGN_TABLES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * T * (blocks of q's heads + blocks of k's heads),), blocks fastest. Strides over ALIGN."""
     blocks_q = tl.cdiv(Hq, BH)
@@ -64,6 +66,7 @@ def rotary_kernel(
     b, t = token // T, token % T
     cos_ptr += (b * scb + t * sct) * ALIGN_TABLES
     sin_ptr += (b * ssb + t * sst) * ALIGN_TABLES
+    wait_for_inputs(OVERLAP)
     if block < blocks_q:
         turn_heads(
             q_ptr + (b * sqb + t * sqt) * ALIGN, out_q_ptr + token * Hq * D, cos_ptr, sin_ptr,
@@ -76,7 +79,7 @@ def rotary_kernel(
         )  # fmt: skip
 
 
-_launcher, _plans = Launcher(rotary_kernel), Plans()
+_launcher, _plans = Launcher(rotary_kernel, overlaps=True), Plans()
 PAIRS_A_PROGRAM = 1024
 
 

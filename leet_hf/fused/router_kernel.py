@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from leet_linear_attention.triton.common import wait_for_inputs
 from leet_linear_attention.triton.launcher import Launcher
 
 
@@ -12,12 +13,14 @@ from leet_linear_attention.triton.launcher import Launcher
 def router_kernel(
     x_ptr, weight_ptr, logits_ptr, share_ptr, index_ptr, E,
     D: tl.constexpr, TOP: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (T,). x [T, D], weight [E, D]; logits [T, E], share float32 and index int64 [T, TOP], the largest first."""
     t = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BE)
     d = tl.arange(0, BD)
     mask_e = e < E
+    wait_for_inputs(OVERLAP)
     products = tl.zeros((BE, BD), dtype=tl.float32)
     for d0 in range(0, D, BD):
         mask_d = d0 + d < D
@@ -44,4 +47,4 @@ def router_kernel(
     tl.store(index_ptr + t * TOP + place, chosen, mask=place < TOP)
 
 
-route_tokens = Launcher(router_kernel)
+route_tokens = Launcher(router_kernel, overlaps=True)

@@ -1,9 +1,10 @@
-"""Pieces the kernels share: matrix products of narrow operands, and decays summed over a run of tokens."""
+"""Pieces the kernels share: matrix products of narrow operands, decays summed over a run of tokens, overlapping."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..interpreter import interpreting
 
@@ -71,3 +72,15 @@ def decayed(S, g):
     high = exact.to(tl.float32)
     low = (exact - high.to(tl.float64)).to(tl.float32)
     return S * high + S * low
+
+
+@triton.jit
+def wait_for_inputs(OVERLAP: tl.constexpr):
+    """Inside ``launcher.overlapping``: the launch after this one may begin, then the one before this one has ended.
+
+    Comes before all that a kernel reads or writes. A launch ends when all its programs have, so everything before that
+    one has ended too.
+    """
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()

@@ -6,11 +6,45 @@ than a short sequence takes on the device. What decides here is little, so it is
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 _INT32 = 2**31
+
+
+class _Overlap(threading.local):
+    on = False
+
+
+_overlap = _Overlap()
+
+
+@contextmanager
+def overlapping(device: torch.device) -> Iterator[None]:
+    """Launches of this thread inside may begin before those in front of them have ended, where the device can that.
+
+    Kernels then wait for that end themselves, by ``common.wait_for_inputs`` or what it is made of (CUDA programming
+    guide, "Programmatic Dependent Launch"). It pays where many short launches follow each other, as in a decode step.
+    """
+    kept = _overlap.on
+    _overlap.on = device.type == "cuda" and torch.version.hip is None and _capability(device) >= 9
+    try:
+        yield
+    finally:
+        _overlap.on = kept
+
+
+def overlapped() -> bool:
+    """Whether this thread is inside `overlapping`, and the device can that."""
+    return _overlap.on
+
+
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def device_index(x: torch.Tensor) -> int:
@@ -33,10 +67,12 @@ class Launcher:
     Every number that is an integer must be in the kernel's ``do_not_specialize``: then a compilation depends on the
     constants, the options, the tensors' dtypes, on which of them are None, and on whether all of them begin at a
     multiple of 16 bytes and all integers fit 32 bits. Where the last two do not hold, Triton finds its way itself.
+
+    overlaps: whether the kernel has one more constant, the last: whether it is launched inside `overlapping`.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
+    def __init__(self, kernel: Any, overlaps: bool = False) -> None:
+        self._kernel, self.overlaps = kernel, overlaps
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(
@@ -55,9 +91,16 @@ class Launcher:
         registers: the most a thread may use; None leaves it to the compiler. Returns what `Launch` may call the next
         time, or None where Triton has to look at the arguments.
         """
-        options = {"num_warps": warps, "num_stages": stages}
+        if device >= 0 and torch.cuda.current_device() != device:
+            with torch.cuda.device(device):
+                return self(grid, device, tensors, numbers, constants, warps, stages, registers)
+        options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
         if registers is not None:
             options["maxnreg"] = registers
+        if self.overlaps:
+            constants = (*constants, _overlap.on)
+            if _overlap.on:
+                options["launch_pdl"] = True
         if device < 0:
             self._kernel[grid](*tensors, *numbers, *constants, **options)
             return None
@@ -69,9 +112,6 @@ class Launcher:
         usual = together % 16 == 0 and max(numbers) < _INT32
         key = (device, constants, warps, stages, registers, *[None if x is None else x.dtype for x in tensors])
         compiled = self._compiled.get(key) if usual else None
-        if torch.cuda.current_device() != device:
-            with torch.cuda.device(device):
-                return self(grid, device, tensors, numbers, constants, warps, stages, registers)
         if compiled is not None:
             blocks = (*grid, 1, 1)
             run = compiled[blocks]
@@ -101,16 +141,20 @@ class Launch:
     ) -> None:
         self._launcher, self._grid, self._device = launcher, grid, device
         self._numbers, self._constants, self._options = numbers, constants, (warps, stages)
-        self._rest = (*numbers, *constants)
-        self._run: Any = None
+        self._rest = [(*numbers, *constants, *([overlap] if launcher.overlaps else [])) for overlap in (False, True)]
+        self._runs: list[Any] = [None, None]  # outside `overlapping`, and inside
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
-        if self._run is not None and torch.cuda.current_device() == self._device:
+        overlap = self._launcher.overlaps and _overlap.on
+        run = self._runs[overlap]
+        if run is not None and torch.cuda.current_device() == self._device:
             addresses = [0 if x is None else x.data_ptr() for x in tensors]
             together = 0
             for address in addresses:
                 together |= address
             if together % 16 == 0:
-                self._run(*addresses, *self._rest)
+                run(*addresses, *self._rest[overlap])
                 return
-        self._run = self._launcher(self._grid, self._device, tensors, self._numbers, self._constants, *self._options)
+        self._runs[overlap] = self._launcher(
+            self._grid, self._device, tensors, self._numbers, self._constants, *self._options
+        )

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..torch_step import step as torch_step
 from . import tuning
-from .common import decayed, dot, dot_narrow, narrow_dot
+from .common import decayed, dot, dot_narrow, narrow_dot, wait_for_inputs
 from .launcher import Launcher, aligned_strides, device_index
 
 
@@ -74,6 +74,7 @@ def step_kernel(
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sgb, sgt, sgh,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     BT: tl.constexpr, DECAY: tl.constexpr, ALIGN: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H * blocks of V,), blocks fastest. T <= BT and N <= BN.
 
@@ -89,6 +90,7 @@ def step_kernel(
     h_v = i_h // group_v
     heads_k = H // group_k
     heads_v = H // group_v
+    wait_for_inputs(OVERLAP)
     start = tl.load(cursor_ptr)
     count = tl.load(cursor_ptr + 1)
 
@@ -183,7 +185,7 @@ def step_kernel(
         tl.store(cursor_ptr + 2, 0)
 
 
-_step = Launcher(step_kernel)
+_step = Launcher(step_kernel, overlaps=True)
 
 
 def step(
