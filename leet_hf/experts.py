@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .fused import experts as fused
+from .fused.many_experts import grouped_in_one_call
 
 # Copies of the chosen experts' weights that "batched_mm" may make in a step.
 MOST_COPIED = 64 << 20
@@ -34,7 +35,7 @@ def recordable_experts(base: Any, tokens: int) -> tuple[list[str], str | None]:
     if lacking is None:
         fused.register()
         found.append(fused.NAME)
-    if all(_groups(weight) for weight in weights):
+    if all(grouped_in_one_call(weight) for weight in weights):
         found.append("grouped_mm")
     copied = _copied(base, weights, tokens)
     if copied <= MOST_COPIED:
@@ -74,13 +75,3 @@ def experts_set_to(base: Any, implementation: str | None) -> Iterator[None]:
 def _is_experts(module: nn.Module) -> bool:
     # What transformers' decorator `use_experts_implementation` leaves on a module.
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "num_experts")
-
-
-def _groups(weight: torch.Tensor) -> bool:
-    aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:]) and weight.data_ptr() % 16 == 0
-    return (
-        weight.is_cuda
-        and weight.dtype == torch.bfloat16
-        and aligned
-        and torch.cuda.get_device_capability(weight.device)[0] >= 9
-    )

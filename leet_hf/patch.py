@@ -9,8 +9,8 @@ from torch import nn
 
 from leet_linear_attention import available_methods
 
+from .fused.expert_binding import ExpertsBinding, experts_forward
 from .fused.expert_gate import gated_experts, has_gate, install_gate, restore_gate
-from .fused.few_experts import ExpertsBinding, experts_forward
 from .fused.loss import has_loss
 from .fused.norms import NormBinding, norm_forward
 from .generation import GenerationBinding, RecurrentGeneration, install_generation, restore_generation
@@ -103,7 +103,9 @@ def patch_report(model: nn.Module) -> PatchReport:
         if norms := fused.count(NormBinding):
             lines.append(f"norms: {norms} {'fused' if patched else 'to be fused'} on CUDA")
         if experts := fused.count(ExpertsBinding):
-            lines.append(f"experts: {experts} {'without' if patched else 'to be without'} sorting a token on a CPU")
+            lines.append(
+                f"experts: {experts} {'in' if patched else 'to be in'} fewer passes, for a token on a CPU, many on CUDA"
+            )
         gates = len(gated_experts(host.module))
         if gates:
             lines.append(f"experts: gates of {gates} {'fused' if patched else 'to be fused'} on CUDA")

@@ -9,7 +9,7 @@ from torch import nn
 from leet_linear_attention import available_methods
 
 from .adapters import Adapter, adapters
-from .fused.few_experts import ExpertsBinding, experts_of
+from .fused.expert_binding import ExpertsBinding, experts_of
 from .fused.norms import NormBinding, norms_of
 from .host import HostBinding
 from .hosts.softmax import SoftmaxBinding

@@ -121,7 +121,7 @@ def test_experts_of_a_step(how: str, rows: int, monkeypatch: pytest.MonkeyPatch)
     if how != "leet_hf":
         monkeypatch.setattr("leet_hf.fused.experts.MOST_TOKENS", 0)
     if how == "batched_mm":
-        monkeypatch.setattr("leet_hf.experts._groups", lambda weight: False)
+        monkeypatch.setattr("leet_hf.experts.grouped_in_one_call", lambda weight: False)
     elif how == "grouped_mm" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("grouped_mm waits for the device before capability 9")
     # All experts are used: choosing makes rounding jump.

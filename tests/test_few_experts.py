@@ -13,7 +13,7 @@ from transformers.models.minimax.modeling_minimax import MiniMaxExperts
 import tiny
 from leet_hf import patch_model, patch_report, unpatch_model
 from leet_hf.fused import few_experts
-from leet_hf.fused.few_experts import ExpertsBinding, experts_of
+from leet_hf.fused.expert_binding import ExpertsBinding, experts_of
 from leet_hf.versions import CACHE, cache_of
 from patching import IDS, outputs, same, snapshot
 
@@ -164,8 +164,8 @@ def test_under_autocast_and_traced(calls: Calls) -> None:
 def test_report_hooks_copies_and_unpatching(calls: Calls) -> None:
     model = tiny.model()
     before = snapshot(model)
-    assert "experts: 4 to be without sorting a token on a CPU" in patch_report(model).host
-    assert "experts: 4 without sorting a token on a CPU" in patch_report(patch_model(model)).host
+    assert "experts: 4 to be in fewer passes, for a token on a CPU, many on CUDA" in patch_report(model).host
+    assert "experts: 4 in fewer passes, for a token on a CPU, many on CUDA" in patch_report(patch_model(model)).host
     experts = model.model.layers[0].mlp.experts
     seen: list[Any] = []
     handle = experts.register_forward_hook(lambda module, *_: seen.append(module))
@@ -185,5 +185,5 @@ def test_experts_somebody_replaced_stay() -> None:
     model = tiny.model()
     experts = model.model.layers[0].mlp.experts
     mine = experts.forward = lambda *a: type(experts).forward(experts, *a)
-    assert "experts: 3 without sorting a token on a CPU" in patch_report(patch_model(model)).host
+    assert "experts: 3 in fewer passes, for a token on a CPU, many on CUDA" in patch_report(patch_model(model)).host
     assert experts.forward is mine and unpatch_model(model).model.layers[0].mlp.experts.forward is mine

@@ -18,7 +18,7 @@ from leet_hf import (
     patch_report,
     unpatch_model,
 )
-from leet_hf.fused.few_experts import ExpertsBinding
+from leet_hf.fused.expert_binding import ExpertsBinding
 from leet_hf.fused.norms import NormBinding, norm_forward
 from leet_hf.host import decoder_forward
 from leet_hf.layer import layer_forward

@@ -6,48 +6,19 @@ tokens on it is as fast.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..slots import foreign_forward
-from .expert_form import MOE, is_plain
+from .expert_form import is_plain
 
 # What the products stand for. Any other implementation, "eager" too, is somebody's choice.
 STANDS_FOR = ("grouped_mm", "batched_mm")
 
 
-@dataclass
-class ExpertsBinding:
-    """What patching puts on the experts of a mixture. had_entry: how to take the patch off again."""
-
-    had_entry: bool = False
-
-
-def experts_of(base: nn.Module) -> list[tuple[nn.Module, ExpertsBinding]]:
-    """The experts in a model that have a binding or can have one; no others, nor those somebody replaced."""
-    found = ((module, module.__dict__.get("_leet") or _binding(module)) for module in base.modules())
-    return [(module, binding) for module, binding in found if isinstance(binding, ExpertsBinding)]
-
-
-def _binding(module: nn.Module) -> ExpertsBinding | None:
-    forward: Any = type(module).forward
-    if getattr(forward, "__globals__", {}).get("__name__") != MOE or foreign_forward(module) is not None:
-        return None
-    return ExpertsBinding() if is_plain(module) else None
-
-
-def experts_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Replaces the forward of experts: `one_token` where it stands for the host's formula, else its class's own."""
-    if len(args) == 3 and not kwargs and _serves(self, *args):
-        return one_token(self, *args)
-    return type(self).forward(self, *args, **kwargs)
-
-
-def _serves(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> bool:
+def serves(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> bool:
     """Whether this is one token in float32 on a CPU, without gradients, and nothing watches or changes the call."""
     if torch.compiler.is_compiling() or hidden_states.shape[:-1] != (1,) or not is_plain(experts):
         return False

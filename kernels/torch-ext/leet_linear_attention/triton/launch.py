@@ -106,7 +106,7 @@ class Sweep:
         self.state_shape = (self.y, self.x) if transposed else (self.x, self.y)
         self.cut = Segments(1, max(1, self.tokens))
         if not whole and self.programs:
-            cut = Segments(*tuning.segments(self.tokens, self.config.chunk, self.programs, self.index))
+            cut = Segments(*tuning.segments(self.tokens, self.config, self.programs, self.index))
             self.cut = cut if cut.number > 1 else self.cut
         self._launches: dict[Any, Launch] = {}
 

@@ -106,18 +106,20 @@ def _sweep_bytes(config: SweepConfig, itemsize: int) -> int:
     return tiles + operands
 
 
-def segments(tokens: int, chunk: int, programs: int, device_index: int) -> tuple[int, int]:
+def segments(tokens: int, config: SweepConfig, programs: int, device_index: int) -> tuple[int, int]:
     """(number of segments, tokens in one) for sequences of ``tokens`` when one segment gives ``programs`` programs.
 
     Segments cost a second reading of keys and values, so they are cut only where the device would stand idle: a
-    program on every processor is enough to keep the memory busy.
+    program on every processor is enough to keep the memory busy. Two do not pay where a pass waits for the memory, as
+    they read as much again as they gain; the widest rows wait for products, which the first reading has one of.
     """
+    chunk = config.chunk
     if device_index < 0:
         wanted = 2 if tokens > 4 * chunk else 1
     else:
         wanted = processors(device_index) // max(programs, 1)
     count = max(1, min(wanted, tokens // (4 * chunk)))
-    if count < 3 and device_index >= 0:
+    if count < (3 if config.block_x < _WIDEST_BLOCK else 2) and device_index >= 0:
         count = 1
     length = -(-tokens // count)
     length = max(1, -(-length // LONGEST_CHUNK)) * LONGEST_CHUNK
