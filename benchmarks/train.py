@@ -99,7 +99,7 @@ def flops(model: Any, case: Case) -> float:
         share = config.num_experts_per_tok / config.num_local_experts if ".experts." in name else 1.0
         weights += share * parameter.numel()
     kinds = getattr(config, "layer_types", ["linear_attention"] * config.num_hidden_layers)
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or config.num_heads  # the latter is FLA's name
     if case.model == "minimax":
         key_dim = value_dim = config.head_dim
     else:
