@@ -266,10 +266,11 @@ class Decoding:
         try:
             recorded = self.recorder.record(functools.partial(step.run, base))
         except Exception as error:  # whatever a host's modules do that can not be recorded
+            step.troubles.append(_in_words(error))
             if step.use_other_experts():
                 step.proven = False  # their kernels have to be there first
             else:
-                step.refused = f"recording failed ({_in_words(error)})"
+                step.refused = f"recording failed ({'; then '.join(step.troubles)})"
             return
         if self.recorder.nbytes > MOST_BYTES:
             self.full = True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -29,6 +31,18 @@ class Recorder(Protocol):
 
     def record(self, function: Callable[[], Tensor]) -> Recorded:
         """Record a function that has run before (kernels are compiled then), without running it."""
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected inside: what is freed then, another model's graphs say, may end a recording."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _CudaGraph:
@@ -58,9 +72,14 @@ class CudaRecorder:
             torch.cuda.empty_cache()  # as torch.cuda.graph will: what is reserved more afterwards is the graph's
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph()
-            # Other threads go on working with the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output = function()
+            try:
+                # Other threads go on working with the GPU meanwhile.
+                with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    output = function()
+            except Exception:
+                # What was begun may not have been ended: torch takes no second recording into such a pool.
+                self._pool = torch.cuda.graph_pool_handle()
+                raise
             self._bytes += max(0, torch.cuda.memory_reserved() - before)
             return _CudaGraph(graph, output)
 

@@ -37,6 +37,7 @@ class Step:
         self._experts, self.refused = recordable_experts(base, arena.rows * tokens)
         self.refused = self.refused or _state_obstacle(arena, base, tokens)
         self.proven = False  # whether it has run
+        self.troubles: list[str] = []  # why recordings of it failed
         self._learned = Learned()
         self.recorded: Recorded | None = None
         self._output_type: Any = None

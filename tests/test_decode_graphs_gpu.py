@@ -47,8 +47,9 @@ def plain(model: Any) -> Any:
 
 
 def recordings(model: Any) -> list[Any]:
-    arenas = model._leet.decoding.arenas.values()
-    return [step.recorded for arena in arenas for step in arena.recordings.values() if step.recorded is not None]
+    steps = [step for arena in model._leet.decoding.arenas.values() for step in arena.recordings.values()]
+    assert not any(step.troubles for step in steps), [step.troubles for step in steps]
+    return [step.recorded for step in steps if step.recorded is not None]
 
 
 def reason(model: Any) -> str:

@@ -19,6 +19,18 @@ from .common import decayed, dot, dot_scaled, factors, narrow_dot
 from .decay_gradient import chunk_terms
 
 
+LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def power(g, DECAY: tl.constexpr):
+    """The factor of a summed log_decay: to base 2 where there is one a token."""
+    if DECAY == 2:
+        return tl.exp2(g.to(tl.float32))
+    else:
+        return tl.exp(g.to(tl.float32))
+
+
 @triton.jit(
     do_not_specialize=[
         "T", "rows", "segment", "n_segments", "skip", "H",
@@ -139,12 +151,13 @@ def sweep_kernel(
             to_end = from_start if REVERSE else to_last
             g_chunk = (g_head.to(tl.float64) if IS_FP32 else g_head) * n_valid
         if DECAY == 2:
-            # float32 sums of strong decays lose about 1e-4, which float32 results would show
-            g = g_next.to(tl.float64) if IS_FP32 else g_next
+            # float32 sums of strong decays lose about 1e-4, which float32 results would show. To base 2, as the
+            # device's exponential is.
+            g = (g_next.to(tl.float64) if IS_FP32 else g_next) * LOG2_E
             G = tl.cumsum(g, 0)
             g_chunk = tl.sum(g, 0)
-            to_row = tl.exp(((g_chunk - G) if REVERSE else G).to(tl.float32))
-            to_end = tl.exp((G if REVERSE else (g_chunk - G)).to(tl.float32))
+            to_row = tl.exp2(((g_chunk - G) if REVERSE else G).to(tl.float32))
+            to_end = tl.exp2((G if REVERSE else (g_chunk - G)).to(tl.float32))
             t1 = t0 - C if REVERSE else t0 + C
             g_next = tl.load(g_ptr + (t1 + r) * sgt, mask=r < tl.where(i + 1 < n_chunks, end - t1, 0), other=0.0)
 
@@ -160,8 +173,8 @@ def sweep_kernel(
             A = dot(a, tl.trans(b))
             if DECAY == 2:
                 log_d = (G[None, :] - G[:, None]) if REVERSE else (G[:, None] - G[None, :])
-                A *= tl.exp(tl.where(causal, log_d, 0.0).to(tl.float32))
-            if DECAY == 1:
+                A *= tl.exp2(tl.where(causal, log_d.to(tl.float32), float("-inf")))
+            elif DECAY == 1:
                 A *= D
             else:
                 A = tl.where(causal, A, 0.0)
@@ -178,9 +191,10 @@ def sweep_kernel(
             if HAS_TERMS:
                 d = tl.load(d_ptr + t0 * sdt + (r[:, None] * sdt + y[None, :]), mask=tile_y, other=0.0)
                 before = tl.load(chunks_ptr + slot + o_chunk, mask=mask_state, other=0.0)
-                to_query = from_start if DECAY == 1 else tl.exp(G.to(tl.float32))
+                to_query = from_start if DECAY == 1 else tl.exp2(G.to(tl.float32))
+                over_chunk = power(g_chunk, DECAY) * held
                 passing, ending = chunk_terms(
-                    A, b, c, d, o, S, before, to_query, tl.exp(g_chunk.to(tl.float32)) * held, n_valid - 1, C, IS_FP16
+                    A, b, c, d, o, S, before, to_query, over_chunk, n_valid - 1, C, IS_FP16
                 )
                 tl.store(terms_ptr + (t0 + r) * H, passing, mask=mask_t)
                 tl.store(terms_ptr + TILES * rows.to(tl.int64) * H + (t0 + r) * H, ending, mask=mask_t)
@@ -208,15 +222,15 @@ def sweep_kernel(
             if IS_FP16:
                 # The decay over the chunk is at most that of any token, and float16's least entry is 2^-24: by this
                 # bound the state does not overflow where ``added`` is nothing.
-                kept = tl.exp(g_chunk)
+                kept = power(g_chunk, DECAY)
                 up, down = factors(tl.maximum(tl.max(tl.abs(added), None), kept * (0.5**24)), -100, 8)
                 S *= kept * (held * up)
                 added *= up
                 held = down
             else:
-                S = decayed(S, g_chunk) if IS_FP32 else S * tl.exp(g_chunk)
+                S = decayed(S, g_chunk * (LN_2 if DECAY == 2 else 1.0)) if IS_FP32 else S * power(g_chunk, DECAY)
             if DECAY == 2:
-                g_total += g_chunk
+                g_total += g_chunk.to(tl.float64) * LN_2
             S += dot(tl.trans(b), added.to(b.dtype))
         else:
             S += dot(tl.trans(b), c)
