@@ -5,10 +5,13 @@ With a GPU the same cases run compiled, next to the full table of test_operator.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from leet_linear_attention import DecodeState, linear_attention, linear_attention_step, reference
+from leet_linear_attention.triton.launcher import overlapped, overlapping
 from operator_cases import TOLERANCE, Case, errors, make_inputs, run_oracle
 
 pytest.importorskip("triton")
@@ -111,3 +114,26 @@ def test_step_is_the_sequence(decay: str, dtype: torch.dtype) -> None:
     limit = LIMIT[dtype]
     assert (found - oracle["o"]).norm() / oracle["o"].norm() <= limit
     assert (state.fold() - oracle["final_state"]).norm() / oracle["final_state"].norm() <= limit
+
+
+def test_overlapping_is_for_gpus_alone() -> None:
+    with overlapping(torch.device("cpu")):
+        assert not overlapped()
+    assert not overlapped()
+
+
+@pytest.mark.gpu
+def test_a_launch_inside_and_outside_of_overlapping() -> None:
+    """One plan of a kernel serves both, in turns, and an error inside leaves nothing on."""
+    options = {"buffer": 8, "dtype": torch.bfloat16, "device": torch.device("cuda")}
+    state = [DecodeState.allocate(2, 2, 64, 64, **options) for _ in range(2)]
+    for step in range(40):
+        q, k, v = (torch.randn(2, 1, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        plain = linear_attention_step(q, k, v, None, state[0])
+        with overlapping(q.device) if step % 3 else nullcontext():
+            assert overlapped() == (step % 3 > 0 and torch.cuda.get_device_capability()[0] >= 9)
+            early = linear_attention_step(q, k, v, None, state[1])
+        assert torch.equal(plain, early)
+    with pytest.raises(ZeroDivisionError), overlapping(q.device):
+        raise ZeroDivisionError
+    assert not overlapped()
