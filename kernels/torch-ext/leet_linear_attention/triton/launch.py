@@ -200,6 +200,8 @@ class Sweep:
     ) -> Launch:  # fmt: skip
         """The launch of operands of this form with these tensors: see `sweep_kernel`."""
         a, b, c, g, config = x.a, x.b, x.c, x.log_decay, self.config
+        if not out:
+            config = tuning.without_outputs(config, a.element_size(), self.index)
         d = c if keys is None else keys
         align, strides = aligned_strides(a, b, c, d)
         heads = self.heads

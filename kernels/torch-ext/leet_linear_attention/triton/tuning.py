@@ -99,6 +99,15 @@ def with_terms(config: SweepConfig) -> SweepConfig:
     return config._replace(warps=8, stages=1 if config.block_x > 128 else min(config.stages, 2))
 
 
+def without_outputs(config: SweepConfig, itemsize: int, device_index: int) -> SweepConfig:
+    """The configuration of a pass that only gathers states: a third of the tiles, so more of them on their way."""
+    if device_index < 0:
+        return config
+    tiles = config.chunk * (config.block_x + config.block_y) * itemsize
+    operands = config.block_x * config.block_y * itemsize
+    return config._replace(stages=max(config.stages, min(4, (shared_memory(device_index) - operands) // tiles)))
+
+
 def _sweep_bytes(config: SweepConfig, itemsize: int) -> int:
     """Estimate of the shared memory of a sweep: the staged tiles, and the state and products on their way to a dot."""
     tiles = config.chunk * (2 * config.block_x + config.block_y) * itemsize * config.stages
