@@ -12,11 +12,11 @@ from leet_linear_attention.dispatch import available_methods
 
 MOST_ROWS = 16  # all of them are in every program's tile
 MOST_WEIGHTS = 4
-WARPS, STAGES = 4, 4
-# Rows of weights and numbers of each in a program's tile: where there are many rows to share out, and where few.
-MANY, FEW = (32, 128), (16, 256)
-FEW_ROWS = 6144
-AHEAD = 16 << 20  # bytes of weights that a launch asks for while it waits for its input: they have to fit the L2 cache
+# Rows of weights, numbers of each, warps and stages of a program's tile: of a single weight, of several, of a pair.
+ONE, SEVERAL, PAIR = (16, 512, 4, 4), (32, 128, 4, 4), (16, 128, 4, 4)
+# The same for a single row of input, which the matrix units are not asked for.
+ONE_ROW, SEVERAL_ROW, PAIR_ROW = (8, 2048, 4, 1), (8, 2048, 4, 1), (4, 2048, 4, 1)
+EARLY = 1  # tiles read before the input is there
 
 
 def joined_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
@@ -32,12 +32,15 @@ def joined_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     outs = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
     sizes = [weight.shape[0] for weight in weights]
     missing = MOST_WEIGHTS - len(weights)
-    columns, step = FEW if sum(sizes) <= FEW_ROWS else MANY
+    rows = x.numel() // width
+    columns, step, warps, stages = _tile(
+        rows, width, *((ONE, ONE_ROW) if len(weights) == 1 else (SEVERAL, SEVERAL_ROW))
+    )
     products(
         (sum(-(-size // columns) for size in sizes),), device_index(x),
         (x, *weights, *weights[:1] * missing, *outs, *outs[:1] * missing),
-        (x.numel() // width, *sizes, *[0] * missing, _ahead(weights, columns)),
-        (len(weights), width, MOST_ROWS, columns, step), WARPS, STAGES,
+        (rows, *sizes, *[0] * missing),
+        (len(weights), width, 1 if rows == 1 else MOST_ROWS, columns, step, EARLY), warps, stages,
     )  # fmt: skip
     return outs
 
@@ -53,23 +56,21 @@ def gated_linear(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[
 
     width, size = x.shape[-1], gate.shape[0]
     outs = [x.new_empty(*x.shape[:-1], size) for _ in range(3)]
-    columns, step = FEW[0], MANY[1]  # of each: as much as a program for many rows has
+    rows = x.numel() // width
+    columns, step, warps, stages = _tile(rows, width, PAIR, PAIR_ROW)
     gated_pair(
         (-(-size // columns),), device_index(x), (x, gate, up, *outs),
-        (x.numel() // width, size, _ahead([gate, up], columns)),
-        (activation == "gelu", width, MOST_ROWS, columns, step), WARPS, STAGES,
+        (rows, size), (activation == "gelu", width, 1 if rows == 1 else MOST_ROWS, columns, step, EARLY), warps, stages,
     )  # fmt: skip
     return outs[0], outs[1], outs[2]
 
 
-def _ahead(weights: list[Tensor], columns: int) -> int:
-    """How many entries of each row are asked for early: a whole number of 16 bytes for every thread of a row."""
-    width = weights[0].shape[1]
-    unit = 8 * (WARPS * 32 // columns)
-    if width % 8 or any(weight.data_ptr() % 16 for weight in weights):
-        return 0
-    rows = sum(weight.shape[0] for weight in weights)
-    return min(width, AHEAD // (2 * rows)) // unit * unit
+def _tile(rows: int, width: int, several: tuple[int, ...], one: tuple[int, ...]) -> tuple[int, ...]:
+    """The tile for so many rows of input of this width."""
+    if rows > 1:
+        return several
+    columns, step, *options = one
+    return columns, min(step, max(128, 1 << (width - 1).bit_length())), *options
 
 
 def joinable(x: Tensor, weight: Tensor, device_type: str) -> bool:
