@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import statistics
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from common import prompt, seconds, spread
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leet_hf import patch_model
@@ -22,6 +24,7 @@ REPETITIVE = (
     "And the sons of Simeon; Jemuel, and Jamin, and Ohad.\n"
 )
 CPU_ROUNDS = 11
+DEEPER = {"cuda": 15, "cpu": 5}  # times as many layers again, in the model that has a draft
 
 
 def small_model() -> tuple[Any, Any]:
@@ -31,22 +34,55 @@ def small_model() -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(KJV)
 
 
+@torch.no_grad()
+def deepened(model: Any, times: int) -> Any:
+    """A model that writes what another does, with `times` as many layers again behind its own, which add nothing.
+
+    MiniMax norms the residual at the beginning of every layer, so one whose projections out are 0 only scales it.
+    """
+    config = copy.deepcopy(model.config)
+    config.layer_types = config.layer_types * (times + 1)
+    config.num_hidden_layers = len(config.layer_types)
+    deep = type(model)(config).to(model.device, model.dtype).eval()
+    deep.generation_config = copy.deepcopy(model.generation_config)
+    own, layers = copy.deepcopy(model.model), deep.model.layers
+    for layer in layers[len(own.layers) :]:
+        out = getattr(layer.self_attn, "out_proj", None) or layer.self_attn.o_proj
+        out.weight.zero_()
+        layer.mlp.experts.down_proj.zero_()
+    own.layers = nn.ModuleList([*own.layers, *layers[len(own.layers) :]])
+    own.config = config
+    deep.model = own
+    deep.tie_weights()
+    return deep
+
+
 def drafts(device: str) -> list[dict[str, Any]]:
-    """The small trained model on a text that repeats itself: plain decoding and prompt lookup, the same tokens."""
-    model, tokenizer = small_model()
-    model = patch_model(model.to(device))
+    """The small trained model on a text that repeats itself: plain decoding and prompt lookup, the same tokens.
+
+    Then as the draft of a deeper model that writes the same, beside that model without it.
+    """
+    small, tokenizer = small_model()
+    small = small.to(device)
+    deep, model = patch_model(deepened(small, DEEPER[device])), patch_model(small)
     clock = time.thread_time if device == "cpu" else time.perf_counter
     ids, new = tokenizer(REPETITIVE * 4, return_tensors="pt").input_ids.to(device), 96
     rows: list[dict[str, Any]] = []
     written = []
-    for name, arguments in {"plain": {}, "prompt lookup": {"prompt_lookup_num_tokens": 7}}.items():
+    ways: dict[str, tuple[Any, dict[str, Any]]] = {
+        "plain": (model, {}),
+        "prompt lookup": (model, {"prompt_lookup_num_tokens": 7}),
+        "deeper, plain": (deep, {}),
+        "deeper, with the model as its draft": (deep, {"assistant_model": model}),
+    }
+    for name, (writer, arguments) in ways.items():
         forwards: list[int] = []
 
-        def run(arguments: dict[str, Any] = arguments) -> Any:
-            return model.generate(ids, max_new_tokens=new, do_sample=False, **arguments)
+        def run(writer: Any = writer, arguments: dict[str, Any] = arguments) -> Any:
+            return writer.generate(ids, max_new_tokens=new, do_sample=False, **arguments)
 
         run()  # compiles and records what there is to
-        handle = model.lm_head.register_forward_hook(lambda *_, seen=forwards: seen.append(1))  # not recorded
+        handle = writer.lm_head.register_forward_hook(lambda *_, seen=forwards: seen.append(1))  # not recorded
         written.append(run())
         handle.remove()
         milliseconds = statistics.median(seconds(run, clock) for _ in range(5)) * 1e3 / new
