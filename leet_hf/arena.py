@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ class Arena:
     reordering of beams) is seen by both. When another cache is bound while the first one lives, the first gets copies.
     Changes that make new tensors (another batch, a wider window) part the cache from the arena, which `bind` notices.
 
-    most: tokens that one step may bring. capacity: slots of the softmax layers, 0 where there are none.
+    most: tokens that one step may bring. capacity: slots of the softmax layers, 0 where there are none. counts: int32
+    [recurrent layers], how many tokens each state has buffered: a view of all their cursors.
     """
 
     def __init__(self, cache: Any, spec: CacheSpec) -> None:
@@ -42,6 +43,10 @@ class Arena:
         self.cache = Cache(layers=self.layers)
         states = [layer.state for layer in self.layers if isinstance(layer, StepRecurrent)]
         self.device = states[0].base.device
+        self.counts = _joined_cursors(states)
+        for own, layer in zip(self.layers, cache.layers, strict=True):
+            if isinstance(own, StepRecurrent):
+                own.lend_to(layer)  # with the new cursor
         self.most = min(state.buffer for state in states)  # tokens of one step
         self.capacity = next((layer.buffers[0].shape[2] for layer in self.layers if isinstance(layer, StepSoftmax)), 0)
         with lasting_tensors():
@@ -91,6 +96,18 @@ class Arena:
                 own.take(layer)
         self._holder = weakref.ref(cache)
 
+    def settle(self, cache: Any) -> None:
+        """Take back what the cache that is bound has noted since the last step: of all layers in one launch."""
+        layers = [layer for layer in cache.layers if isinstance(layer, RecurrentLayer)]
+        taken = {layer.taken for layer in layers}
+        if len(taken) > 1:
+            for layer in layers:
+                layer.settle()
+        elif (number := taken.pop()) > 0:
+            self.counts.sub_(number)
+            for layer in layers:
+                layer.taken = 0
+
     def snapshot(self) -> Callable[[], None] | None:
         """What puts the states back as they are now; None where there is no memory for a copy."""
         own = [layer.state for layer in self.layers if isinstance(layer, StepRecurrent)]
@@ -129,17 +146,22 @@ class StepRecurrent(RecurrentLayer):
     def __init__(self, layer: RecurrentLayer, spec: CacheSpec, index: int) -> None:
         super().__init__(spec, index)
         assert layer.state is not None
-        self.state: DecodeState = _sharing(layer.state)  # type: ignore[assignment]
+        # No two arenas have the same tensors: a layer that has another one's is copied.
+        self._state: DecodeState = layer.state.clone() if layer.lent else _sharing(layer.state)
         self.batch_size = self.state.base.shape[0]
         self.is_initialized = self.has_previous_state[0] = True
+
+    @property  # type: ignore[misc]  # it is never another's
+    def state(self) -> DecodeState:
+        return self._state
 
     @property
     def nbytes(self) -> int:
         return self.state.nbytes
 
     def shares(self, layer: Any) -> bool:
-        state = layer.state
-        return state is not None and state.base is self.state.base
+        state = layer._state  # noted tokens stay noted
+        return state is not None and state.base is self._state.base
 
     def take(self, layer: RecurrentLayer) -> None:
         """Copy the layer's state here, and let the layer go on here."""
@@ -148,7 +170,11 @@ class StepRecurrent(RecurrentLayer):
         with torch.no_grad():
             for name in TENSORS:
                 getattr(own, name).copy_(getattr(theirs, name))
-        layer.state = _sharing(own)
+        self.lend_to(layer)
+
+    def lend_to(self, layer: RecurrentLayer) -> None:
+        """Let a layer have the tensors of this one as its state."""
+        layer.state, layer.lent = _sharing(self.state), True
 
     def ready(self, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> DecodeState:
         return self.state
@@ -192,6 +218,17 @@ class StepSoftmax(DynamicLayer):
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer.index_copy_(2, self.slots, new)
         return self.buffers[0][:, :, : self.window], self.buffers[1][:, :, : self.window]
+
+
+@torch.inference_mode(False)
+def _joined_cursors(states: Sequence[DecodeState]) -> Tensor:
+    """Make the cursors of states views of one tensor; the counts in it, int32 [states]."""
+    # 16 bytes a row: kernels are compiled for cursors that begin at a multiple of that
+    rows = torch.zeros(len(states), 4, dtype=torch.int32, device=states[0].cursor.device)
+    for row, state in zip(rows, states, strict=True):
+        row[:3].copy_(state.cursor)
+        state.cursor = row[:3]
+    return rows[:, 1]
 
 
 def _sharing(state: DecodeState) -> DecodeState:

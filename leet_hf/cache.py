@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from leet_linear_attention import DecodeState
 
 from .shapes import CacheSpec, RecurrentShape
+from .taken import TakesBack, number_taken
 
 BUFFER = 16  # tokens between two updates of the base state in plain decoding
 WINDOW = 64  # tokens that can be taken back after a recorded forward, at least
@@ -19,7 +20,7 @@ SLACK = 16  # tokens from before the last crop to keep: drafts are taken back by
 WIDEST = 128  # tokens that a recording cache comes to hold by itself, however many go without a crop
 
 
-class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
+class RecurrentLayer(TakesBack, LinearAttentionLayer, CacheLayerMixin):
     """One layer's recurrent state and length. Lives in `cache.layers` where a LinearAttentionLayer would.
 
     It wraps one DecodeState, made when the first tokens come. It knows its own length, so that a cache works whose
@@ -39,7 +40,6 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
         shape = spec[index]
         assert isinstance(shape, RecurrentShape)
         self.spec, self.index, self.shape = spec, index, shape
-        self.state: DecodeState | None = None
         self.graph: Tensor | None = None  # the state with its autograd history, while gradients are recorded
         self.window, self.grows = WINDOW, False
         self.cumulative_length: Any = 0
@@ -57,13 +57,17 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
         """The state, with room for `tokens` more tokens; allocated for `batch` rows if it is not yet."""
         if self.state is None:
             self._open(batch, dtype, device)
+        self.expect(tokens)
         assert self.state is not None
-        if self.record_past:
-            # The first forward may hold a whole prompt: of that one, `window` tokens are enough.
-            self._since_crop = 0 if self._since_crop is None else self._since_crop + tokens
-            if self.grows:
-                self._keep_at_least(min(self._since_crop + SLACK, WIDEST))
         return self.state
+
+    def expect(self, tokens: int) -> bool:
+        """See that `tokens` more can be taken back, where they may be; whether the state had to move for that."""
+        if not self.record_past:
+            return False
+        # The first forward may hold a whole prompt: of that one, `window` tokens are enough.
+        self._since_crop = 0 if self._since_crop is None else self._since_crop + tokens
+        return self.grows and self._keep_at_least(min(self._since_crop + SLACK, WIDEST))
 
     def stepped(self, tokens: int) -> int:
         """How many of the next tokens, the last ones, go through the buffer: all if they fit; else those to be kept."""
@@ -106,11 +110,13 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def count_step(self, tokens: int) -> None:
         """Note a step of the state by `tokens` tokens."""
-        assert self.state is not None
+        state = self._state
+        assert state is not None
         self.graph = None
-        held, keep = self._held + tokens, max(self.state.keep, tokens)
-        # As DecodeState folds: nothing while all fit, else all but those to be kept.
-        self._held = held if held <= self.state.buffer else held - min(self._held, held - keep)
+        held = self._held + tokens
+        if held > state.buffer:  # as DecodeState folds: nothing while all fit, else all but those to be kept
+            held -= min(self._held, held - max(state.keep, tokens))
+        self._held = held
         self._count(tokens)
 
     def differentiable_state(self) -> Tensor | None:
@@ -190,13 +196,9 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens. Raises RuntimeError if the buffer does not hold them."""
-        remove = -int(tokens_to_remove)
-        if remove < 0:
-            raise ValueError(
-                f"crop was asked for {-remove}, must be 0 or negative: minus the number of tokens to take back"
-            )
+        remove = number_taken(tokens_to_remove)
         self._since_crop = 0
-        if self.state is None or remove == 0:
+        if self._state is None or remove == 0:
             return
         if remove >= self.cumulative_length:
             self.reset()
@@ -205,9 +207,9 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
             raise RuntimeError(
                 f"cache layer {self.index} (recurrent) was asked to take back {remove} tokens but holds the last "
                 f"{self._held}: call cache.activate_past_recording() before the forward that may be taken back"
-                + (f", and take back at most {self.state.keep} tokens at a time" if self.record_past else "")
+                + (f", and take back at most {self._state.keep} tokens at a time" if self.record_past else "")
             )
-        self.state.rewind(remove)
+        self.take_back(remove)
         self.graph, self._held = None, self._held - remove
         self._set_length(self.cumulative_length - remove)
 
@@ -260,12 +262,13 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
                 key_heads=key_heads, value_heads=value_heads, keep=keep,
             )  # fmt: skip
 
-    def _keep_at_least(self, tokens: int) -> None:
-        """Move the state into one that keeps more tokens, those in its buffer included."""
-        assert self.state is not None
-        if tokens <= self.state.keep:
-            return
+    def _keep_at_least(self, tokens: int) -> bool:
+        """Whether the state, to keep more tokens, was moved into another, with those in its buffer."""
+        assert self._state is not None
+        if tokens <= self._state.keep:
+            return False
         size, old = _power_of_two(tokens), self.state
+        assert old is not None
         new = self._allocate(old.base.shape[0], old.keys.dtype, old.base.device, max(size, self._held), size)
         new.load(old.base)
         if self._held:
@@ -273,11 +276,12 @@ class RecurrentLayer(LinearAttentionLayer, CacheLayerMixin):
             new.append(*(x.index_select(1, slots) for x in (old.keys, old.values, old.log_decays)))
         self.state = new
         self._moved()
+        return True
 
     def _moved(self) -> None:
         """After the state's tensors were made anew."""
         assert self.state is not None
-        self.batch_size, self.graph = self.state.base.shape[0], None
+        self.batch_size, self.graph, self.lent = self.state.base.shape[0], None, False
 
     def _count(self, tokens: int) -> None:
         self._set_length(self.cumulative_length + tokens)

@@ -163,13 +163,13 @@ class Decoding:
             if self._busy(granted):
                 return forward(base, **arguments)
             for layer in cache.layers:
-                if getattr(layer, "record_past", False):
-                    layer.ready(rows, tokens, layer.state.keys.dtype, ids.device)
-                    bound = False  # it may have moved
+                if isinstance(layer, RecurrentLayer) and layer.expect(tokens):
+                    bound = False
             if not bound or (arena.capacity and arena.capacity < length + tokens):  # type: ignore[union-attr]
                 arena = self._arena_for(cache, base._leet.spec, length + tokens)
             assert arena is not None
             self._current, self._granted = arena, weakref.ref(granted)
+            arena.settle(cache)
             step = self._step(arena, base, forward, arguments, length)
             step.fill(ids, arguments["position_ids"], mask, length)
             hidden = self._advance(step, base)

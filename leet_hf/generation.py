@@ -15,6 +15,7 @@ from .decoding import PASS, Decoding
 from .fused.loss import install_loss, restore_loss
 from .host import HostBinding, masks_by_kind
 from .hosts.remote import kinds_of
+from .lookup import searching_on_the_host
 from .module import recurrent_modules
 from .shapes import CacheSpec
 from .slots import has_entry, install_forward, restore_forward
@@ -171,7 +172,7 @@ def _expected(generator: Any, arguments: dict[str, Any]) -> Any:
     if isinstance(cache, Cache):
         counts = (getattr(generator, name, 0) for name in ("num_assistant_tokens", "num_output_tokens"))
         _set_recording(cache, max(int(count or 0) for count in counts), grows=True)
-    return generator
+    return searching_on_the_host(generator)
 
 
 def _set_recording(cache: Any, candidates: int, *, grows: bool) -> None:

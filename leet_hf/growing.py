@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from .cache import lasting_tensors
+from .taken import number_taken
 
 LEAST = 256  # slots of the smallest buffer
 
@@ -115,11 +116,7 @@ class GrowingLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens: nothing is copied."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop was asked for {tokens_to_remove}, must be 0 or negative: minus the number of tokens to take back"
-            )
-        self.length = max(0, self.length + int(tokens_to_remove))
+        self.length = max(0, self.length - number_taken(tokens_to_remove))
         self.graph = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

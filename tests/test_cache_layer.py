@@ -11,20 +11,21 @@ import torch
 
 from leet_hf.attend import attend
 from leet_hf.cache import BUFFER, WIDEST, WINDOW, RecurrentLayer
+from leet_hf.growing import GrowingLayer
 from leet_hf.static_cache import StaticRecurrentLayer
 from leet_linear_attention import linear_attention
 from recurrent import HEADS, KEY, LOG_DECAY, SPEC, VALUE, History, Tokens
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("recording", ["no", "first", "later", "growing"])
+@pytest.mark.parametrize("recording", ["no", "first", "later", "growing", "noted"])
 def test_any_sequence_of_uses(recording: str, seed: int) -> None:
     """Forwards of all lengths, taken back, reordered, selected, repeated and reset, at random."""
     layer = RecurrentLayer(SPEC, 0)
     history = History(layer)
-    if recording == "growing":
+    if recording in ("growing", "noted"):
         layer.record(0, grows=True)
-    if recording in ("first", "growing"):
+    if recording in ("first", "growing", "noted"):
         layer.activate_past_recording()
     choose = torch.Generator().manual_seed(seed)
 
@@ -40,7 +41,11 @@ def test_any_sequence_of_uses(recording: str, seed: int) -> None:
             history.forward(one_of(1, 1, 1, 2, 5, BUFFER, BUFFER + 1, WINDOW, WINDOW + 1, 100))
         elif use == "crop" and layer.state is not None:
             removed = min(one_of(0, 1, 3, 10, 64), layer._held)
+            layer.lent = recording == "noted"
             layer.crop(-removed)
+            if layer.lent and one_of(True, False) and layer._held > 2:
+                layer.crop(-2)
+                removed += 2
             history.change(lambda x, removed=removed: x[:, : x.shape[1] - removed])
         elif use == "reorder":
             index = torch.randint(batch, (batch,), generator=choose)
@@ -56,7 +61,8 @@ def test_any_sequence_of_uses(recording: str, seed: int) -> None:
         elif use == "reset" and one_of(True, False):
             layer.reset()
             history.past = history.draw(one_of(1, 2, 3), 0)
-        history.check()
+        if recording != "noted" or one_of(True, False):  # the check wants the state
+            history.check()
 
 
 def test_a_recorded_prompt_can_be_taken_back_by_the_window() -> None:
@@ -119,6 +125,41 @@ def test_taking_back_more_than_is_held() -> None:
     with pytest.raises(RuntimeError, match="at most 64 tokens at a time"):
         layer.crop(-65)
     history.check()
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on no CPU, and counts how often its number is asked for."""
+
+    is_cpu = False  # type: ignore[assignment]
+    asked = 0
+
+    def __int__(self) -> int:
+        OnDevice.asked += 1
+        return int(self.as_subclass(torch.Tensor))
+
+
+def test_a_number_on_a_device_is_asked_for_once() -> None:
+    """Transformers 5.17 crops by a tensor, the same for every layer: each question would wait for the device."""
+    layers: list[Any] = [RecurrentLayer(SPEC, 0), RecurrentLayer(SPEC, 0), GrowingLayer()]
+    draw = Tokens()
+    for layer in layers[:2]:
+        attend(*draw(1, 9), LOG_DECAY, layer=layer)
+    layers[2].update(torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9, 4))
+    OnDevice.asked = 0
+    number = torch.tensor(-2).as_subclass(OnDevice)
+    for layer in layers:
+        layer.crop(number)
+    assert OnDevice.asked == 1 and [layer.get_seq_length() for layer in layers] == [7, 7, 7]
+    number.sub_(1)  # the same tensor, another number
+    for layer in layers:
+        layer.crop(number)
+    assert OnDevice.asked == 2 and [layer.get_seq_length() for layer in layers] == [4, 4, 4]
+    for layer in layers:
+        with pytest.raises(ValueError, match="crop was asked for 1, must be 0 or negative"):
+            layer.crop(torch.tensor(1).as_subclass(OnDevice))
+        with torch.inference_mode():
+            layer.crop(torch.tensor(-1).as_subclass(OnDevice))
+    assert [layer.get_seq_length() for layer in layers] == [3, 3, 3]
 
 
 def test_taking_back_everything_is_a_reset() -> None:

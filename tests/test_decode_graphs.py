@@ -16,6 +16,7 @@ import tiny
 import tiny_retnet
 from fake_graphs import FakeRecorder
 from leet_hf import patch_model, patch_report, unpatch_model
+from leet_hf.cache import RecurrentLayer
 from leet_hf.decoding import Decoding
 from leet_hf.modes import check, modes
 from leet_hf.versions import CACHE, cache_of
@@ -145,6 +146,54 @@ def test_a_cache_given_goes_on_growing_and_can_be_changed(recorders: list[FakeRe
     assert torch.equal(again, stock_tokens(model, written[1:]))
     cache.reset()
     assert torch.equal(model.generate(ids(2), **OPTIONS, **{CACHE: cache}), written)
+
+
+def test_a_cache_of_other_rows_shares_nothing_with_later_calls(recorders: list[FakeRecorder]) -> None:
+    model = patched(tiny.model())
+    cache = DynamicCache(config=model.config)
+    written = model.generate(ids(2), **OPTIONS, **{CACHE: cache})
+    cache.batch_select_indices(torch.tensor([1]))
+    model.generate(ids(2, 17, seed=9), **OPTIONS | {"max_new_tokens": 9})
+    again = model.generate(written[1:], **OPTIONS, **{CACHE: cache})
+    assert torch.equal(again, stock_tokens(model, written[1:]))
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["directly", "with other calls between"])
+def test_two_models_take_turns_with_one_cache(between: bool, recorders: list[FakeRecorder]) -> None:
+    model = patched(tiny.model())
+    other = copy.deepcopy(model)
+    cache = DynamicCache(config=model.config)
+    written = ids(1)
+    for turn, who in enumerate((model, other, model, other)):
+        if between:
+            who.generate(ids(1, 5 + turn, seed=turn), **OPTIONS)
+        want = stock_tokens(model, written)
+        written = who.generate(written, **OPTIONS, **{CACHE: cache})
+        assert torch.equal(written, want)
+    assert len(recorders) == 2 and all(recorder.replays >= 20 for recorder in recorders)
+
+
+@pytest.mark.parametrize("how", ["together", "one by one"])
+def test_tokens_are_taken_back_by_the_next_step(how: str, recorders: list[FakeRecorder]) -> None:
+    """In one launch for all layers; a layer that is looked at, copied or cropped otherwise is right at once."""
+    model = patched(tiny.model())
+    cache = DynamicCache(config=model.config)
+    written = model.generate(ids(1), **OPTIONS, **{CACHE: cache})
+    arena = next(iter(model._leet.decoding.arenas.values()))
+    layers = [layer for layer in cache.layers if isinstance(layer, RecurrentLayer)]
+    before = arena.counts.tolist()
+    cache.crop(-1)
+    cache.crop(-2)
+    assert arena.counts.tolist() == before and {layer.taken for layer in layers} == {3}
+    copied = copy.deepcopy(cache)
+    if how == "one by one":
+        assert int(layers[1].state.cursor[1]) == layers[1]._held
+        assert [layer.taken for layer in layers] == [3, 0] + [3] * (len(layers) - 2)
+    arena.settle(cache)
+    assert arena.counts.tolist() == [count - 3 for count in before] == [layer._held for layer in layers]
+    want = stock_tokens(model, written[:, :-3])
+    for one in (cache, copied):
+        assert torch.equal(model.generate(written[:, :-3], **OPTIONS, **{CACHE: one}), want)
 
 
 def test_gradients_still_flow_through_a_cache_that_generate_made(recorders: list[FakeRecorder]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import random
 
@@ -194,6 +195,23 @@ def test_addresses_never_move(target: tuple[str, str]) -> None:
     h.state.load(torch.ones_like(h.state.base))
     h.state.reset()
     assert before == [t.data_ptr() for t in vars(h.state).values() if isinstance(t, Tensor)]
+
+
+@TARGETS
+def test_another_batch_goes_on_by_itself(target: tuple[str, str]) -> None:
+    """A state that shared all its tensors is not moved by one that has changed its rows."""
+    for change in (
+        lambda state: state.select(torch.tensor([1], device=state.base.device)),
+        lambda state: state.repeat(2),
+    ):
+        h = History(target, torch.float32)
+        h.step(3)
+        other = dataclasses.replace(h.state)
+        change(other)
+        other.rewind(2)
+        assert h.count == 3 and int(other.cursor[1]) == 1
+        h.state.reset()
+        assert int(other.cursor[1]) == 1
 
 
 @TARGETS

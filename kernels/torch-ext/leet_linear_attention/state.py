@@ -182,6 +182,7 @@ class DecodeState:
     @torch.inference_mode(False)
     def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
         self.base, self.keys, self.values, self.log_decays = (change(x) for x in self._rows())
+        self.cursor = self.cursor.clone()  # another state may have shared all tensors: it goes on by itself
 
     def _fold_held(self, count: int) -> None:
         """Take all `count` tokens held into base, where the host knows their number: no others are read."""

@@ -1,0 +1,68 @@
+"""Taking tokens back: how many a crop is asked for, and a state that is moved back when it is next wanted."""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import Tensor
+
+from leet_linear_attention import DecodeState
+
+_last: tuple[weakref.ref[Tensor], int, int] | None = None  # a tensor on a device, its version, what it held
+
+
+class TakesBack:
+    """Something with a decode state, the last tokens of which can be taken back.
+
+    lent: whether the state is an arena's, which takes tokens back from all layers at once: `taken` notes how many.
+    """
+
+    _state: DecodeState | None = None
+    lent = False
+    taken = 0
+
+    @property
+    def state(self) -> DecodeState | None:
+        """The state of all tokens so far, or None before there is one."""
+        self.settle()
+        return self._state
+
+    @state.setter
+    def state(self, state: DecodeState | None) -> None:
+        self._state, self.lent, self.taken = state, False, 0
+
+    def take_back(self, tokens: int) -> None:
+        """Take back the last tokens, of which the state holds that many."""
+        self.taken += tokens
+        if not self.lent:
+            self.settle()
+
+    def settle(self) -> None:
+        """Take back from the state what was noted."""
+        if self.taken:
+            assert self._state is not None
+            self._state.rewind(self.taken)
+            self.taken = 0
+
+
+def number_taken(tokens_to_remove: int | Tensor) -> int:
+    """The n >= 0 of `crop(-n)`: assisted decoding may give one tensor to every layer, which waits for its device once.
+
+    Raises ValueError for a positive tokens_to_remove.
+    """
+    global _last
+    removed = tokens_to_remove
+    if isinstance(removed, Tensor):
+        # Tensors of a CPU cost nothing to read and can be written by others; those of inference mode have no version.
+        if removed.is_cpu or removed.is_inference():
+            removed = int(removed)
+        else:
+            last = _last
+            if last is None or last[0]() is not removed or last[1] != removed._version:
+                last = _last = weakref.ref(removed), removed._version, int(removed)
+            removed = last[2]
+    if removed > 0:
+        raise ValueError(
+            f"crop was asked for {int(removed)}, must be 0 or negative: minus the number of tokens to take back"
+        )
+    return -int(removed)
