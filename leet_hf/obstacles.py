@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -45,31 +46,45 @@ def obstacle(model: Any, base: Any) -> str | None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not getattr(quantizer, "is_compileable", False):
         return f"{type(quantizer).__name__} does not allow it"
-    return _module_obstacle(base) or _tensor_obstacle(base)
+    modules = [*base.named_modules()]  # once: a draft's generate() is called every few tokens
+    return _module_obstacle(modules) or _tensor_obstacle(modules)
 
 
-def _module_obstacle(base: nn.Module) -> str | None:
-    for name, module in base.named_modules():
-        name = name or "the base model"
-        if hasattr(module, "_hf_hook"):
-            return f"{name} has a hook of accelerate (device_map with several devices, or offloading)"
-        if any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__):
-            return f"{name} is an adapter's {type(module).__name__} (PEFT), which may change between calls"
-        if module._compiled_call_impl is not None:
-            return f"{name} is compiled"
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            # Transformers leaves hooks behind that do nothing unless outputs are recorded.
-            if "output_capturing_hook" not in getattr(hook, "__qualname__", ""):
-                return f"{name} has a forward hook ({getattr(hook, '__qualname__', type(hook).__name__)})"
+def _module_obstacle(modules: list[tuple[str, nn.Module]]) -> str | None:
+    for name, module in modules:
+        if (reason := _reason_in(module)) is not None:
+            return f"{name or 'the base model'} {reason}"
     return None
 
 
-def _tensor_obstacle(base: nn.Module) -> str | None:
+def _reason_in(module: nn.Module) -> str | None:
+    if "_hf_hook" in module.__dict__:
+        return "has a hook of accelerate (device_map with several devices, or offloading)"
+    if _is_adapter(type(module)):  # type: ignore[arg-type]  # classes have a hash
+        return f"is an adapter's {type(module).__name__} (PEFT), which may change between calls"
+    if module._compiled_call_impl is not None:
+        return "is compiled"
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        # Transformers leaves hooks behind that do nothing unless outputs are recorded.
+        if "output_capturing_hook" not in getattr(hook, "__qualname__", ""):
+            return f"has a forward hook ({getattr(hook, '__qualname__', type(hook).__name__)})"
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _is_adapter(cls: type) -> bool:
+    return any(base.__name__ == "BaseTunerLayer" for base in cls.__mro__)
+
+
+def _tensor_obstacle(modules: list[tuple[str, nn.Module]]) -> str | None:
     devices = set()
-    for name, parameter in base.named_parameters():
-        if hasattr(parameter, "placements"):
-            return f"{name} is sharded over processes"
-        devices.add(parameter.device)
+    for name, module in modules:
+        for own, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if hasattr(parameter, "placements"):
+                return f"{name}.{own} is sharded over processes"
+            devices.add(parameter.device)
     if len(devices) != 1:
         return f"weights are on {len(devices)} devices"
     return None
@@ -77,14 +92,17 @@ def _tensor_obstacle(base: nn.Module) -> str | None:
 
 def state_of(base: nn.Module) -> tuple[Any, ...]:
     """Everything about a model that a recording has built in: if it differs, recordings are void."""
-    tensors = [x.data_ptr() for x in (*base.parameters(), *base.buffers())]
+    found: list[Any] = []
+    for module in base.modules():
+        own = module.__dict__
+        found.append(id(own.get("forward")))
+        if isinstance(binding := own.get("_leet"), LayerBinding):
+            found.append(binding.method)
+        for tensors in (module._parameters, module._buffers):
+            found += [None if x is None else x.data_ptr() for x in tensors.values()]
     first = next(base.parameters())
-    forwards = [id(module.__dict__.get("forward")) for module in base.modules()]
-    bindings = (module.__dict__.get("_leet") for module in base.modules())
-    methods = [binding.method for binding in bindings if isinstance(binding, LayerBinding)]
     config: Any = base.config
-    settings = (config._attn_implementation, getattr(config, "sliding_window", None))
-    return (first.dtype, first.device, settings, *tensors, *forwards, *methods)
+    return (first.dtype, first.device, config._attn_implementation, getattr(config, "sliding_window", None), *found)
 
 
 def cache_obstacle(cache: Any, spec: Any) -> str | None:
