@@ -61,7 +61,9 @@ def backward(
         chunk_states = q.new_empty((slots, heads, v.shape[-1], q.shape[-1]), dtype=dtype)
         terms = Terms(k, q.new_empty((2, keys.tiles, *q.shape[:2], heads), dtype=torch.float32))
 
-    dq, _ = queries.run(passes[0], state, chunk_states=chunk_states)
+    # The passes for q and k have the same scores, as the directions of time and the places of do and v are opposite.
+    scores = None if need_log_decay else queries.scores(passes[0])
+    dq, _ = queries.run(passes[0], state, chunk_states=chunk_states, scores=scores)
     dq = sum_groups(dq, q.shape[2])
     # Both passes backward in time have the same states, seen from either side.
     wanted = initial_state is not None
@@ -69,7 +71,7 @@ def backward(
     dv, last = values.run(passes[1], dfinal, final=wanted, segments=segments)
     dv = sum_groups(dv, v.shape[2])  # one gradient per state head lives at a time
     dinitial = last if dinitial is None else dinitial
-    dk, _ = keys.run(passes[2], dfinal, segments=segments, chunk_states=chunk_states, terms=terms)
+    dk, _ = keys.run(passes[2], dfinal, segments=segments, chunk_states=chunk_states, terms=terms, scores=scores)
     if dinitial is not None:
         dinitial *= scale
     dlog_decay = None

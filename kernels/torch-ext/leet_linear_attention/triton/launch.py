@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..shapes import sequence_count
 from . import tuning
 from .launcher import Launch, Launcher, aligned_strides, device_index
+from .operands import Operands, Segments, Terms
 from .sweep import scan_kernel, sweep_kernel
+from .wide_launch import Wide
 
 _sweep, _scan = Launcher(sweep_kernel), Launcher(scan_kernel)
-
-
-class Operands(NamedTuple):
-    """What a pass reads: a, b [B, T, Ha, X] and [B, T, Hb, X], rows and keys; c [B, T, Hc, Y], values; unit last
-    strides; log_decay None, [H] or [B, T, H] float32; cu_seqlens None or [N + 1]."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    c: torch.Tensor
-    log_decay: torch.Tensor | None
-    cu_seqlens: torch.Tensor | None
 
 
 class Plans:
@@ -49,24 +40,6 @@ def form_of(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     return tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors])
 
 
-class Segments(NamedTuple):
-    """How a pass is cut in time. starts: where segments start from, [N, H, number, X * Y] float32; None for one."""
-
-    number: int
-    length: int
-    starts: torch.Tensor | None = None
-
-
-class Terms(NamedTuple):
-    """What the gradient of log_decay takes of the pass for the gradient of k.
-
-    keys: k [B, T, Hk, Y]. out: [2, tiles, B, T, H] float32.
-    """
-
-    keys: torch.Tensor
-    out: torch.Tensor
-
-
 def chunk_slots(tokens: int, sequences: int, batch: int, chunk: int, packed: bool) -> int:
     """Places for one state per chunk: packed sequences need at most one extra each."""
     return tokens // chunk + sequences if packed else batch * tuning.blocks(tokens, chunk)
@@ -77,7 +50,9 @@ class Sweep:
 
     like: operands of that form; none of them is kept. heads: H. reverse: whether it runs backward in time. transposed:
     states in memory are [Y, X], as when keys and values have exchanged their places. whole: never cut in time. config:
-    block shapes other than the table's.
+    block shapes of ``sweep_kernel`` other than the table's.
+
+    wide: what launches this pass, unless it has chunk states or terms to give, where it is not ``sweep_kernel``.
     """
 
     def __init__(
@@ -109,6 +84,10 @@ class Sweep:
             cut = Segments(*tuning.segments(self.tokens, self.config, self.programs, self.index))
             self.cut = cut if cut.number > 1 else self.cut
         self._launches: dict[Any, Launch] = {}
+        wide = None if config else tuning.wide_config(self.x, a.dtype, self.decay, self.index)
+        # packed sequences: see ``wide``; other strides: its loads would be 2 bytes wide
+        wide = None if self.packed or aligned_strides(a, like.b, like.c)[0] == 1 else wide
+        self.wide = None if wide is None else Wide(like, heads, scale, reverse, self.state_strides, wide)
 
     def segments(self, x: Operands, state: torch.Tensor | None, final: bool) -> tuple[Segments, torch.Tensor | None]:
         """How to cut this pass, with the states its segments start from, and the last state if there are several.
@@ -132,6 +111,10 @@ class Sweep:
         )  # fmt: skip
         return cut._replace(starts=states), last
 
+    def scores(self, x: Operands) -> torch.Tensor | None:
+        """The scores that a wide pass reads, for its ``run``; None of any other pass."""
+        return None if self.wide is None else self.wide.scores(x)
+
     def run(
         self,
         x: Operands,
@@ -139,12 +122,14 @@ class Sweep:
         *,
         final: bool = False,
         segments: Segments | None = None,
+        scores: torch.Tensor | None = None,
         chunk_states: torch.Tensor | None = None,
         terms: Terms | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The outputs [B, T, H, Y] in a's dtype, and the last state if wanted (None where ``segments`` were given).
 
         segments: what `segments` gave for this pass, or for one with the same states in the other order of X and Y.
+        scores: what `scores` gave for this pass, or for one with a and b, and the directions of time, exchanged.
         chunk_states: [slots, H, X, Y], receives the state that meets each chunk; with ``terms`` holds those of the
         opposite pass.
         """
@@ -158,10 +143,13 @@ class Sweep:
         split = self.parts > 1
         out = x.a.new_empty((self.parts, *shape), dtype=torch.float32) if split else x.a.new_empty(shape)
         if self.programs:
-            self._launch(
-                x, segments, out=out, state_in=state if one else segments.starts, state_out=last if one else None,
-                chunk_states=chunk_states, terms=terms,
-            )  # fmt: skip
+            state_in, state_out = (state, last) if one else (segments.starts, None)
+            if self.wide is not None and chunk_states is None and terms is None:
+                self.wide.run(x, segments, scores, out, state_in, state_out)
+            else:
+                self._launch(
+                    x, segments, out=out, state_in=state_in, state_out=state_out, chunk_states=chunk_states, terms=terms
+                )
         if split:  # the widest rows take two programs
             out = torch.add(*out, out=x.a.new_empty(shape))  # rounded once
         return out, last

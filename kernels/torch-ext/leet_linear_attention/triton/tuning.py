@@ -40,6 +40,11 @@ _SWEEP = {
     (128, False): SweepConfig(16, 128, 32, 4, 2),
     (256, False): SweepConfig(16, 256, 32, 8, 1),
 }
+# For the same tiles of the state where they have 256 rows (see ``wide``). With fewer than three stages no load is on
+# its way during the products; the state and its 16-bit copy take all registers of four warps.
+_WIDE = SweepConfig(32, _WIDEST_BLOCK, 64, 4, 3)
+# Shared memory of the device that was chosen for.
+_WIDE_BYTES = 227 * 1024
 
 
 def blocks(count: int, size: int) -> int:
@@ -92,6 +97,13 @@ def sweep_config(x: int, y: int, dtype: torch.dtype, decay: int, device_index: i
         else:
             break
     return config
+
+
+def wide_config(x: int, dtype: torch.dtype, decay: int, device_index: int) -> SweepConfig | None:
+    """Configuration of ``wide_kernel`` for a sweep with ``x`` rows of the state; None where ``sweep_kernel`` serves."""
+    if dtype != torch.bfloat16 or decay == 2 or block_of(x) < _WIDEST_BLOCK:
+        return None
+    return _WIDE if device_index < 0 or shared_memory(device_index) >= _WIDE_BYTES else None
 
 
 def with_terms(config: SweepConfig) -> SweepConfig:

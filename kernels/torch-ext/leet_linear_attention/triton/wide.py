@@ -1,4 +1,4 @@
-"""A pass over time whose state tile has 256 rows: the state transposed in registers, the scores from a kernel of its own.
+"""A pass over time with 256 rows of the state: it stays in registers, the scores come from a kernel of their own.
 
 The recurrence, the roles of a, b, c and both directions of time are those of ``sweep``. There a program of 256 rows
 waits: the state passes through shared memory on its way into a product, the scores of a chunk are computed by every
@@ -102,7 +102,7 @@ def wide_kernel(
     b_ptr += i_n * sbb * ALIGN + (i_h // group_b) * sbh * ALIGN
     c_ptr += i_n * scb * ALIGN + (i_h // group_c) * sch * ALIGN
     out_ptr += (i_x.to(tl.int64) * rows * H + i_n * T * H + i_h) * Y
-    i_first = (i_x * (tl.num_programs(0) // TILES // n_segments) + i_nh) * tl.cdiv(T, C) + begin // C
+    i_first = (i_x * (tl.num_programs(0) // TILES // n_segments) + i_nh) * tl.cdiv(T, C)
     scores_ptr += i_first * (C * C)
 
     # The state in two halves of its rows: the 16-bit copy of one at a time is all that fits beside them.
@@ -142,7 +142,7 @@ def wide_kernel(
         a_1 = tl.load(a_ptr + HX + o_a, mask=tile_1, other=0.0)
         b_0 = tl.load(b_ptr + o_b, mask=tile_0, other=0.0)
         b_1 = tl.load(b_ptr + HX + o_b, mask=tile_1, other=0.0)
-        scores = tl.load(scores_ptr + i_c.to(tl.int64) * (C * C) + (r[:, None] * C + r[None, :]))
+        scores = tl.load(scores_ptr + t0 * C + (r[:, None] * C + r[None, :]))
 
         o = dot(S_0.to(c.dtype), tl.trans(a_0))
         o += dot(S_1.to(c.dtype), tl.trans(a_1))
