@@ -120,20 +120,22 @@ def test_compiled_forward_and_backward(per_token: bool) -> None:
             assert (a - b).norm() <= 1e-2 * b.norm()
 
 
-def test_other_shapes_do_not_compile_again() -> None:
+@pytest.mark.parametrize("width", [32, 256])
+def test_other_shapes_do_not_compile_again(width: int) -> None:
     """A compiled variant depends on widths, dtype, kind of log_decay and what is asked for; on no length or count."""
     from leet_linear_attention.triton.step import step_kernel
-    from leet_linear_attention.triton.sweep import sweep_kernel
+    from leet_linear_attention.triton.sweep import scan_kernel, sweep_kernel
+    from leet_linear_attention.triton.wide import scores_kernel, wide_kernel
 
     def compiled() -> int:
-        kernels = (sweep_kernel, step_kernel)
+        kernels = (sweep_kernel, scan_kernel, scores_kernel, wide_kernel, step_kernel)
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
     def use(tokens: int, batch: int, heads: int) -> None:
-        x = inputs(tokens, batch, heads, 32)
+        x = inputs(tokens, batch, heads, width)
         leaves = [t.requires_grad_() for t in x[:3]]
         torch.autograd.grad(linear_attention(*leaves, x[3])[0].float().sum(), leaves)
-        state = DecodeState.allocate(batch, heads, 32, 32, dtype=torch.bfloat16, device="cuda")
+        state = DecodeState.allocate(batch, heads, width, width, dtype=torch.bfloat16, device="cuda")
         linear_attention_step(*(t[:, :1].detach() for t in x[:3]), x[3], state)
 
     use(64, 1, 4)
@@ -193,6 +195,33 @@ def test_wide_heads(key_dim: int, value_dim: int) -> None:
         assert state is not None
         results.append((o, state, *torch.autograd.grad(o.float().square().sum() + state.sum(), leaves)))
     for a, b in zip(*results, strict=True):
+        assert (a.float() - b.float()).norm() <= 1.5e-2 * b.float().norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 33, 200, 4100])  # the last in segments
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(256, 512), (512, 256), (320, 48), (136, 264)])
+@pytest.mark.parametrize("decay", [None, -0.1, -30.0])
+def test_wide_heads_whose_decay_is_fixed(
+    poisoned: None, key_dim: int, value_dim: int, tokens: int, decay: float | None
+) -> None:
+    """All passes by the form for 256 rows of the state; heads of q, k and v shared in turns."""
+    q = torch.randn(2, tokens, 2, key_dim, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(2, tokens, 1, key_dim, device="cuda", dtype=torch.bfloat16)
+    v = torch.randn(2, tokens, 2, value_dim, device="cuda", dtype=torch.bfloat16)
+    initial = torch.randn(2, 2, key_dim, value_dim, device="cuda")
+    g = None if decay is None else torch.tensor([decay, decay / 50], device="cuda")
+    results = []
+    for method in ("triton", "triton", "torch"):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v, initial)]
+        o, state = linear_attention(
+            *leaves[:3], g, initial_state=leaves[3], scale=key_dim**-0.5, output_final_state=True, method=method
+        )
+        assert state is not None
+        loss = (o.float() * o.detach().float().sign()).sum() + state.sum()
+        results.append((o, state, *torch.autograd.grad(loss, leaves)))
+    for a, again, b in zip(*results, strict=True):
+        assert a.isfinite().all()
+        assert torch.equal(a, again)
         assert (a.float() - b.float()).norm() <= 1.5e-2 * b.float().norm()
 
 

@@ -6,13 +6,14 @@ With a GPU the same cases run compiled, next to the full table of test_operator.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 
 from leet_linear_attention import DecodeState, linear_attention, linear_attention_step, reference
 from leet_linear_attention.triton.launcher import overlapped, overlapping
-from operator_cases import TOLERANCE, Case, errors, make_inputs, run_oracle
+from operator_cases import TOLERANCE, Case, error, errors, make_inputs, run, run_oracle
 
 pytest.importorskip("triton")
 
@@ -60,6 +61,67 @@ def test_gradients_with_a_decay_that_needs_none(decay: str) -> None:
             results.append(torch.autograd.grad((o, final), leaves, (x.do, x.dfinal)))
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
+
+
+WIDE = [
+    Case(tokens=0, key_dim=136, value_dim=136, decay="head"),
+    Case(tokens=1, key_dim=256, value_dim=136, decay="none"),
+    Case(tokens=70, key_dim=136, value_dim=40, decay="head", heads=(1, 2, 2, 2)),
+    Case(tokens=70, key_dim=40, value_dim=200, decay="head", heads=(2, 1, 1, 2), initial=False),
+    Case(tokens=96, key_dim=256, value_dim=256, decay="none", heads=(2, 2, 1, 1)),
+    Case(tokens=45, key_dim=320, value_dim=512, decay="head", batch=1),  # two tiles of rows, one of them not full
+    Case(tokens=300, key_dim=256, value_dim=136, decay="head", batch=1),  # in two segments
+    Case(tokens=330, key_dim=136, value_dim=264, decay="none", batch=1, heads=(1, 1, 1, 1), initial=False),
+]
+
+
+@pytest.fixture
+def wide_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """[how many passes the form for 256 rows of the state has served]"""
+    from leet_linear_attention.triton.wide_launch import Wide
+
+    count, original = [0], Wide.run
+
+    def counted(self: Wide, *args: Any) -> None:
+        count[0] += 1
+        original(self, *args)
+
+    monkeypatch.setattr(Wide, "run", counted)
+    return count
+
+
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_wide_heads(case: Case, wide_passes: list[int]) -> None:
+    """256 rows of the state in bfloat16; heads decay by 0 and by -30 a token."""
+    x = make_inputs(Case(**{**case.__dict__, "dtype": torch.bfloat16}), DEVICE)
+    oracle = run_oracle(x, reference.recurrent)
+    found = run(lambda q, k, v, _, **more: linear_attention(q, k, v, x.log_decay, **more), x, method="triton")
+    assert wide_passes[0] == 2 * (case.key_dim > 128) + 2 * (case.value_dim > 128)
+    wrong = {name: error(value, oracle[name]) for name, value in found.items() if name != "dlog_decay"}
+    assert max(wrong.values()) <= LIMIT[torch.bfloat16], wrong
+
+
+def test_wide_heads_with_a_learned_decay(wide_passes: list[int]) -> None:
+    """The passes that write or read the states of chunks are the sweep's, as are those of other dtypes."""
+    case = Case(tokens=70, key_dim=136, value_dim=136, decay="head", heads=(1, 2, 2, 2), dtype=torch.bfloat16)
+    x = make_inputs(case, DEVICE)
+    found = errors(x, "triton", run_oracle(x))
+    assert wide_passes[0] == 2
+    assert max(found.values()) <= LIMIT[torch.bfloat16], found
+    linear_attention(x.q.float(), x.k.float(), x.v.float(), x.log_decay, method="triton")
+    assert wide_passes[0] == 2
+
+
+def test_wide_heads_as_views() -> None:
+    """q, k, v as views of one packed projection and laid out heads first; views whose loads must be narrow as well."""
+    packed = torch.randn(2, 70, 2, 3 * 136, device=DEVICE).bfloat16()
+    odd = torch.randn(2, 70, 2, 3 * 137, device=DEVICE).bfloat16()[..., : 3 * 136]
+    first = packed.transpose(1, 2).contiguous().transpose(1, 2)
+    for whole in (packed, first, odd):
+        views = whole.split(136, -1)
+        o, _ = linear_attention(*views, method="triton")
+        wanted, _ = reference.recurrent(*(t.double() for t in views), None)
+        assert error(o, wanted) <= LIMIT[torch.bfloat16]
 
 
 @pytest.mark.parametrize("decay", [-0.5, -0.9, -3.0, -30.0])
