@@ -102,7 +102,7 @@ def wide_kernel(
     b_ptr += i_n * sbb * ALIGN + (i_h // group_b) * sbh * ALIGN
     c_ptr += i_n * scb * ALIGN + (i_h // group_c) * sch * ALIGN
     out_ptr += (i_x.to(tl.int64) * rows * H + i_n * T * H + i_h) * Y
-    i_first = (i_x * (tl.num_programs(0) // TILES // n_segments) + i_nh) * tl.cdiv(T, C)
+    i_first = (i_x * (tl.num_programs(0) // TILES // n_segments) + i_nh) * tl.cdiv(T, C)  # chunk of the sequence
     scores_ptr += i_first * (C * C)
 
     # The state in two halves of its rows: the 16-bit copy of one at a time is all that fits beside them.
@@ -144,6 +144,9 @@ def wide_kernel(
         b_1 = tl.load(b_ptr + HX + o_b, mask=tile_1, other=0.0)
         scores = tl.load(scores_ptr + t0 * C + (r[:, None] * C + r[None, :]))
 
+        # First, and kept apart until the end: as it needs no state, the state's own products of the chunk before may
+        # still be on their way when it begins.
+        within = dot(tl.trans(c), scores if REVERSE else tl.trans(scores))
         o = dot(S_0.to(c.dtype), tl.trans(a_0))
         o += dot(S_1.to(c.dtype), tl.trans(a_1))
         if DECAY == 1:
@@ -152,8 +155,7 @@ def wide_kernel(
             o *= (to_row * scale)[None, :]
         else:
             o *= scale
-        # As a difference: a sum would become one accumulator, and one product would wait for the other.
-        o = o - dot(tl.trans(c), scores if REVERSE else tl.trans(scores))
+        o -= within
         tl.store(
             out_ptr + t0 * H * Y + (r[:, None] * (H * Y) + y[None, :]),
             tl.trans(o).to(out_ptr.dtype.element_ty),
