@@ -146,10 +146,10 @@ def test_other_shapes_do_not_compile_again(width: int) -> None:
     assert compiled() == before
 
 
-@pytest.mark.parametrize("per_token", [False, True])
-def test_a_row_gives_the_same_whatever_else_is_in_the_batch(per_token: bool) -> None:
+@pytest.mark.parametrize(("per_token", "width"), [(False, 64), (True, 64), (False, 256)])
+def test_a_row_gives_the_same_whatever_else_is_in_the_batch(per_token: bool, width: int) -> None:
     """Bitwise: with batch_invariant also where a few rows alone would be cut into segments."""
-    x = inputs(5000, batch=9, heads=2, per_token=per_token)
+    x = inputs(5000, batch=9, heads=2, width=width, per_token=per_token)
 
     def results(rows: slice, **options: bool) -> list[Tensor]:
         q, k, v, g = x
@@ -198,31 +198,51 @@ def test_wide_heads(key_dim: int, value_dim: int) -> None:
         assert (a.float() - b.float()).norm() <= 1.5e-2 * b.float().norm()
 
 
-@pytest.mark.parametrize("tokens", [1, 31, 33, 200, 4100])  # the last in segments
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(256, 512), (512, 256), (320, 48), (136, 264)])
-@pytest.mark.parametrize("decay", [None, -0.1, -30.0])
-def test_wide_heads_whose_decay_is_fixed(
-    poisoned: None, key_dim: int, value_dim: int, tokens: int, decay: float | None
-) -> None:
-    """All passes by the form for 256 rows of the state; heads of q, k and v shared in turns."""
-    q = torch.randn(2, tokens, 2, key_dim, device="cuda", dtype=torch.bfloat16)
-    k = torch.randn(2, tokens, 1, key_dim, device="cuda", dtype=torch.bfloat16)
-    v = torch.randn(2, tokens, 2, value_dim, device="cuda", dtype=torch.bfloat16)
-    initial = torch.randn(2, 2, key_dim, value_dim, device="cuda")
+WIDTHS = [(256, 512), (512, 256), (320, 48), (136, 264)]
+
+
+def wide_results(
+    key_dim: int, value_dim: int, tokens: int, decay: float | None, method: str, **more: bool
+) -> list[Tensor]:
+    """Outputs and gradients with a decay that needs none: every pass by the form for 256 rows of the state."""
+    random = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, device="cuda", generator=random).to(dtype)
+
+    q, k, v = normal(2, tokens, 2, key_dim), normal(2, tokens, 1, key_dim), normal(2, tokens, 2, value_dim)
+    initial, dfinal = (normal(2, 2, key_dim, value_dim, dtype=torch.float32) for _ in range(2))
+    do = normal(2, tokens, 2, value_dim)
     g = None if decay is None else torch.tensor([decay, decay / 50], device="cuda")
-    results = []
-    for method in ("triton", "triton", "torch"):
-        leaves = [t.clone().requires_grad_() for t in (q, k, v, initial)]
-        o, state = linear_attention(
-            *leaves[:3], g, initial_state=leaves[3], scale=key_dim**-0.5, output_final_state=True, method=method
-        )
-        assert state is not None
-        loss = (o.float() * o.detach().float().sign()).sum() + state.sum()
-        results.append((o, state, *torch.autograd.grad(loss, leaves)))
-    for a, again, b in zip(*results, strict=True):
-        assert a.isfinite().all()
-        assert torch.equal(a, again)
+    leaves = [t.requires_grad_() for t in (q, k, v, initial)]
+    o, state = linear_attention(
+        q, k, v, g, initial_state=initial, scale=key_dim**-0.5, output_final_state=True, method=method, **more
+    )
+    assert state is not None
+    return [o, state, *torch.autograd.grad((o, state), leaves, (do, dfinal))]
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 33, 200, 4100])  # the last in segments
+@pytest.mark.parametrize(("key_dim", "value_dim"), WIDTHS)
+@pytest.mark.parametrize("decay", [None, -0.1, -30.0])
+def test_wide_heads_whose_decay_is_fixed(key_dim: int, value_dim: int, tokens: int, decay: float | None) -> None:
+    found = wide_results(key_dim, value_dim, tokens, decay, "triton")
+    whole = wide_results(key_dim, value_dim, tokens, decay, "triton", batch_invariant=True)
+    wanted = wide_results(key_dim, value_dim, tokens, decay, "torch")
+    for a, uncut, b in zip(found, whole, wanted, strict=True):
         assert (a.float() - b.float()).norm() <= 1.5e-2 * b.float().norm()
+        assert (uncut.float() - b.float()).norm() <= 1.5e-2 * b.float().norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 4100])
+@pytest.mark.parametrize(("key_dim", "value_dim"), WIDTHS)
+def test_wide_heads_read_nothing_unwritten_and_repeat(
+    poisoned: None, key_dim: int, value_dim: int, tokens: int
+) -> None:
+    first, second = (wide_results(key_dim, value_dim, tokens, -30.0, "triton") for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert a.isfinite().all()
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
