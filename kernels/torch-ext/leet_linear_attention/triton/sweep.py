@@ -7,7 +7,7 @@ With rows ``a``, keys ``b`` and values ``c`` the sweep computes, for tokens i an
 
 Forward in time (j <= i) that is the operator itself, (a, b, c) = (q, k, v), and the gradient of q, (do, v, k). Backward
 in time (j >= i) it is the gradient of v, (k, q, do), and of k, (v, do, q). Every pass therefore reads three tensors and
-writes one; no state goes to memory unless it is asked for.
+writes one; no state goes to memory unless it is asked for. (Most passes with 256 rows of the state are ``wide``'s.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import triton.language as tl
 
 from .common import decayed, dot, dot_scaled, factors, narrow_dot
 from .decay_gradient import chunk_terms
-
 
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
@@ -193,9 +192,7 @@ def sweep_kernel(
                 before = tl.load(chunks_ptr + slot + o_chunk, mask=mask_state, other=0.0)
                 to_query = from_start if DECAY == 1 else tl.exp2(G.to(tl.float32))
                 over_chunk = power(g_chunk, DECAY) * held
-                passing, ending = chunk_terms(
-                    A, b, c, d, o, S, before, to_query, over_chunk, n_valid - 1, C, IS_FP16
-                )
+                passing, ending = chunk_terms(A, b, c, d, o, S, before, to_query, over_chunk, n_valid - 1, C, IS_FP16)
                 tl.store(terms_ptr + (t0 + r) * H, passing, mask=mask_t)
                 tl.store(terms_ptr + TILES * rows.to(tl.int64) * H + (t0 + r) * H, ending, mask=mask_t)
             to_out = tl.full((C,), 1.0, dtype=tl.float32) * scale
