@@ -83,7 +83,8 @@ class Spread(torch.autograd.Function):
     def backward(ctx: Any, drows: Tensor) -> tuple[Any, ...]:
         from .expert_rows_kernel import summed
 
-        return summed(drows.contiguous(), *ctx.saved_tensors, None), None, None, None
+        place, end = ctx.saved_tensors
+        return summed(drows.contiguous(), place, end, None), None, None, None
 
 
 class Summed(torch.autograd.Function):
