@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from leet_linear_attention.triton.launcher import overlapping
 from .arena import Arena, StepRecurrent, StepSoftmax
 from .cache import lasting_tensors
 from .experts import experts_set_to, recordable_experts
+from .fused.joined import MOST_ROWS
 from .fused.learned import Learned
 from .fused.router import routers_in_one_launch
 from .fused.spared import Spared
@@ -36,6 +38,9 @@ class Step:
         self.arena, self._forward, self.window, self.padded = arena, forward, window, padded
         self._experts, self.refused = recordable_experts(base, arena.rows * tokens)
         self.refused = self.refused or _state_obstacle(arena, base, tokens)
+        # Launches that begin early gain up to a seventh where they are short, and lose where experts have many rows.
+        rows = arena.rows * tokens
+        self._overlaps = rows <= (1 if self._experts else MOST_ROWS)
         self.proven = False  # whether it has run
         self.troubles: list[str] = []  # why recordings of it failed
         self._learned = Learned()
@@ -78,7 +83,7 @@ class Step:
                     layer.slots, layer.window = slots, self.window
             masks["full_attention"] = self._mask(base, slots)
         # The first run compiles what a recording launches, in the form it launches it.
-        overlap = overlapping(self.arena.device)
+        overlap = overlapping(self.arena.device) if self._overlaps else nullcontext()
         with overlap, experts_set_to(base, self.experts), routers_in_one_launch(base), Spared(), self._learned:
             output = self._forward(
                 base,

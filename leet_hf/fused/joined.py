@@ -12,11 +12,10 @@ from leet_linear_attention.dispatch import available_methods
 
 MOST_ROWS = 16  # all of them are in every program's tile
 MOST_WEIGHTS = 4
-# Rows of weights, numbers of each, warps and stages of a program's tile: of a single weight, of several, of a pair.
-ONE, SEVERAL, PAIR = (16, 512, 4, 4), (32, 128, 4, 4), (16, 128, 4, 4)
-# The same for a single row of input, which the matrix units are not asked for.
-ONE_ROW, SEVERAL_ROW, PAIR_ROW = (8, 2048, 4, 1), (8, 2048, 4, 1), (4, 2048, 4, 1)
-EARLY = 1  # tiles read before the input is there
+# Rows of weights, numbers of each, warps and stages of a program's tile: of several weights, of a pair.
+SEVERAL, PAIR = (32, 128, 4, 4), (16, 128, 4, 4)
+# The same for a single row of input, which the matrix units are not asked for; also of one weight.
+SEVERAL_ROW, PAIR_ROW, ONE_ROW = (4, 2048, 4, 1), (4, 2048, 4, 1), (8, 2048, 4, 1)
 
 
 def joined_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
@@ -33,14 +32,12 @@ def joined_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     sizes = [weight.shape[0] for weight in weights]
     missing = MOST_WEIGHTS - len(weights)
     rows = x.numel() // width
-    columns, step, warps, stages = _tile(
-        rows, width, *((ONE, ONE_ROW) if len(weights) == 1 else (SEVERAL, SEVERAL_ROW))
-    )
+    columns, step, warps, stages = _tile(rows, width, SEVERAL, ONE_ROW if len(weights) == 1 else SEVERAL_ROW)
     products(
         (sum(-(-size // columns) for size in sizes),), device_index(x),
         (x, *weights, *weights[:1] * missing, *outs, *outs[:1] * missing),
         (rows, *sizes, *[0] * missing),
-        (len(weights), width, 1 if rows == 1 else MOST_ROWS, columns, step, EARLY), warps, stages,
+        (len(weights), width, 1 if rows == 1 else MOST_ROWS, columns, step), warps, stages,
     )  # fmt: skip
     return outs
 
@@ -60,7 +57,7 @@ def gated_linear(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[
     columns, step, warps, stages = _tile(rows, width, PAIR, PAIR_ROW)
     gated_pair(
         (-(-size // columns),), device_index(x), (x, gate, up, *outs),
-        (rows, size), (activation == "gelu", width, 1 if rows == 1 else MOST_ROWS, columns, step, EARLY), warps, stages,
+        (rows, size), (activation == "gelu", width, 1 if rows == 1 else MOST_ROWS, columns, step), warps, stages,
     )  # fmt: skip
     return outs[0], outs[1], outs[2]
 
@@ -71,6 +68,11 @@ def _tile(rows: int, width: int, several: tuple[int, ...], one: tuple[int, ...])
         return several
     columns, step, *options = one
     return columns, min(step, max(128, 1 << (width - 1).bit_length())), *options
+
+
+def pays_alone(x: Tensor) -> bool:
+    """Whether a linear layer whose input no other shares is faster here than by torch: that of a single row is."""
+    return x.numel() == x.shape[-1]
 
 
 def joinable(x: Tensor, weight: Tensor, device_type: str) -> bool:

@@ -1,7 +1,7 @@
 """Kernels of linear layers with few rows: several of one input, and a pair with the gated unit that follows it.
 
-Every program reads some rows of one weight, or of both of a pair. Inside `overlapping` it reads their first EARLY tiles
-before what it waits for has ended: weights are no result of the launch in front.
+Every program reads some rows of one weight, or of both of a pair. With a single row of input it reads their first tile
+before what it waits for inside `overlapping` has ended: weights are no result of the launch in front.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .glu_kernel import activated
 
 
 @triton.jit
-def _one_row(x_ptr, w_ptr, n, N, first, D: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr):
+def _one_row(x_ptr, w_ptr, n, N, first, D: tl.constexpr, BD: tl.constexpr):
     """The single row x [D] times rows n of a weight [N, D], of whose first tile `first` has been read: float32 [BN].
 
     Not by the matrix units: a tile goes from the memory to registers, and the next is on its way meanwhile.
@@ -38,55 +38,41 @@ def _one_row(x_ptr, w_ptr, n, N, first, D: tl.constexpr, BD: tl.constexpr, OVERL
 @triton.jit
 def _some_columns(
     x_ptr, w_ptr, out_ptr, tile, T, N,
-    D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
+    D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     n = tile * BN + tl.arange(0, BN)
     d = tl.arange(0, BD)
     mask_n = (n < N)[:, None]
     w_rows = w_ptr + n.to(tl.int64)[:, None] * D
     if BT == 1:
-        w = tl.load(w_rows + d[None, :], mask=mask_n & (d < D)[None, :], other=0.0)
+        first = tl.load(w_rows + d[None, :], mask=mask_n & (d < D)[None, :], other=0.0)
         if OVERLAP:
             gdc_wait()
-        row = _one_row(x_ptr, w_ptr, n, N, w, D, BD, OVERLAP)
+        row = _one_row(x_ptr, w_ptr, n, N, first, D, BD)
         if OVERLAP:
             gdc_launch_dependents()
         tl.store(out_ptr + n, row.to(out_ptr.dtype.element_ty), mask=n < N)
-        return
-    t = tl.arange(0, BT)
-    mask_t = (t < T)[:, None]
-    x_rows = x_ptr + t[:, None] * D
-    FIRST: tl.constexpr = BD if OVERLAP and EARLY > 0 else 0
-    SECOND: tl.constexpr = 2 * BD if OVERLAP and EARLY > 1 else FIRST
-    if FIRST > 0:
-        w0 = tl.load(w_rows + d[None, :], mask=mask_n & (d < D)[None, :], other=0.0)
-    if SECOND > FIRST:
-        w1 = tl.load(w_rows + (BD + d)[None, :], mask=mask_n & (BD + d < D)[None, :], other=0.0)
-    if OVERLAP:
-        gdc_wait()
-    total = tl.zeros((BT, BN), dtype=tl.float32)
-    if FIRST > 0:
-        x = tl.load(x_rows + d[None, :], mask=mask_t & (d < D)[None, :], other=0.0)
-        total += dot(x, tl.trans(w0))
-    if SECOND > FIRST:
-        x = tl.load(x_rows + (BD + d)[None, :], mask=mask_t & (BD + d < D)[None, :], other=0.0)
-        total += dot(x, tl.trans(w1))
-    for d0 in range(SECOND, D, BD):
-        mask_d = (d0 + d < D)[None, :]
-        x = tl.load(x_rows + (d0 + d)[None, :], mask=mask_t & mask_d, other=0.0)
-        w = tl.load(w_rows + (d0 + d)[None, :], mask=mask_n & mask_d, other=0.0)
-        total += dot(x, tl.trans(w))
-    if OVERLAP:
-        gdc_launch_dependents()
-    at = out_ptr + t[:, None] * N + n[None, :]
-    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=mask_t & (n < N)[None, :])
+    else:
+        if OVERLAP:
+            gdc_wait()
+        t = tl.arange(0, BT)
+        mask_t = (t < T)[:, None]
+        total = tl.zeros((BT, BN), dtype=tl.float32)
+        for d0 in range(0, D, BD):
+            mask_d = (d0 + d < D)[None, :]
+            x = tl.load(x_ptr + t[:, None] * D + (d0 + d)[None, :], mask=mask_t & mask_d, other=0.0)
+            w = tl.load(w_rows + (d0 + d)[None, :], mask=mask_n & mask_d, other=0.0)
+            total += dot(x, tl.trans(w))
+        if OVERLAP:
+            gdc_launch_dependents()
+        at = out_ptr + t[:, None] * N + n[None, :]
+        tl.store(at, total.to(out_ptr.dtype.element_ty), mask=mask_t & (n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "N0", "N1", "N2", "N3"])
 def joined_kernel(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, w3_ptr, out0_ptr, out1_ptr, out2_ptr, out3_ptr, T, N0, N1, N2, N3,
-    MANY: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    MANY: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """x [T, D] times each of MANY weights [Ni, D] transposed, to outs [T, Ni]. Grid (sum of tiles of Ni,), the first
     weight's first; what is not there is given as the first weight and its output, with Ni = 0."""
@@ -95,22 +81,21 @@ def joined_kernel(
     end1 = end0 + tl.cdiv(N1, BN)
     end2 = end1 + tl.cdiv(N2, BN)
     if MANY == 1 or tile < end0:
-        _some_columns(x_ptr, w0_ptr, out0_ptr, tile, T, N0, D, BT, BN, BD, EARLY, OVERLAP)
+        _some_columns(x_ptr, w0_ptr, out0_ptr, tile, T, N0, D, BT, BN, BD, OVERLAP)
     else:
         if MANY == 2 or tile < end1:
-            _some_columns(x_ptr, w1_ptr, out1_ptr, tile - end0, T, N1, D, BT, BN, BD, EARLY, OVERLAP)
+            _some_columns(x_ptr, w1_ptr, out1_ptr, tile - end0, T, N1, D, BT, BN, BD, OVERLAP)
         else:
             if MANY == 3 or tile < end2:
-                _some_columns(x_ptr, w2_ptr, out2_ptr, tile - end1, T, N2, D, BT, BN, BD, EARLY, OVERLAP)
+                _some_columns(x_ptr, w2_ptr, out2_ptr, tile - end1, T, N2, D, BT, BN, BD, OVERLAP)
             else:
-                _some_columns(x_ptr, w3_ptr, out3_ptr, tile - end2, T, N3, D, BT, BN, BD, EARLY, OVERLAP)
+                _some_columns(x_ptr, w3_ptr, out3_ptr, tile - end2, T, N3, D, BT, BN, BD, OVERLAP)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
 def gated_pair_kernel(
     x_ptr, gate_ptr, up_ptr, out_gate_ptr, out_up_ptr, out_ptr, T, N,
-    GELU: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    GELU: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """x [T, D] times the weights gate and up [N, D] transposed, to their outs [T, N], and act(gate) * up of those, as
     they were rounded, to out [T, N]. Grid (tiles of N,)."""
@@ -119,49 +104,40 @@ def gated_pair_kernel(
     mask_n = (n < N)[:, None]
     rows = n.to(tl.int64)[:, None] * D
     kind = out_ptr.dtype.element_ty
-    FIRST: tl.constexpr = BD if OVERLAP and EARLY > 0 else 0
-    if FIRST > 0 or BT == 1:
-        mask = mask_n & (d < D)[None, :]
-        gate_w = tl.load(gate_ptr + rows + d[None, :], mask=mask, other=0.0)
-        up_w = tl.load(up_ptr + rows + d[None, :], mask=mask, other=0.0)
-    if OVERLAP:
-        gdc_wait()
     if BT == 1:
-        gate = _one_row(x_ptr, gate_ptr, n, N, gate_w, D, BD, OVERLAP).to(kind)
-        up = _one_row(x_ptr, up_ptr, n, N, up_w, D, BD, OVERLAP).to(kind)
+        mask = mask_n & (d < D)[None, :]
+        gate_first = tl.load(gate_ptr + rows + d[None, :], mask=mask, other=0.0)
+        up_first = tl.load(up_ptr + rows + d[None, :], mask=mask, other=0.0)
         if OVERLAP:
-            gdc_launch_dependents()
-        act, _ = activated(gate.to(tl.float32), GELU)
-        tl.store(out_gate_ptr + n, gate, mask=n < N)
-        tl.store(out_up_ptr + n, up, mask=n < N)
-        tl.store(out_ptr + n, (act * up.to(tl.float32)).to(kind), mask=n < N)
-        return
-    t = tl.arange(0, BT)
-    mask_t = (t < T)[:, None]
-    x_rows = x_ptr + t[:, None] * D
-    gate = tl.zeros((BT, BN), dtype=tl.float32)
-    up = tl.zeros((BT, BN), dtype=tl.float32)
-    if FIRST > 0:
-        x = tl.load(x_rows + d[None, :], mask=mask_t & (d < D)[None, :], other=0.0)
-        gate += dot(x, tl.trans(gate_w))
-        up += dot(x, tl.trans(up_w))
-    for d0 in range(FIRST, D, BD):
-        mask_d = (d0 + d < D)[None, :]
-        x = tl.load(x_rows + (d0 + d)[None, :], mask=mask_t & mask_d, other=0.0)
-        w = tl.load(gate_ptr + rows + (d0 + d)[None, :], mask=mask_n & mask_d, other=0.0)
-        gate += dot(x, tl.trans(w))
-        w = tl.load(up_ptr + rows + (d0 + d)[None, :], mask=mask_n & mask_d, other=0.0)
-        up += dot(x, tl.trans(w))
+            gdc_wait()
+        gate = _one_row(x_ptr, gate_ptr, n, N, gate_first, D, BD).to(kind)
+        up = _one_row(x_ptr, up_ptr, n, N, up_first, D, BD).to(kind)
+        at = n
+        mask_out = n < N
+    else:
+        if OVERLAP:
+            gdc_wait()
+        t = tl.arange(0, BT)
+        mask_t = (t < T)[:, None]
+        of_gate = tl.zeros((BT, BN), dtype=tl.float32)
+        of_up = tl.zeros((BT, BN), dtype=tl.float32)
+        for d0 in range(0, D, BD):
+            mask_d = (d0 + d < D)[None, :]
+            x = tl.load(x_ptr + t[:, None] * D + (d0 + d)[None, :], mask=mask_t & mask_d, other=0.0)
+            w = tl.load(gate_ptr + rows + (d0 + d)[None, :], mask=mask_n & mask_d, other=0.0)
+            of_gate += dot(x, tl.trans(w))
+            w = tl.load(up_ptr + rows + (d0 + d)[None, :], mask=mask_n & mask_d, other=0.0)
+            of_up += dot(x, tl.trans(w))
+        gate = of_gate.to(kind)
+        up = of_up.to(kind)
+        at = t[:, None] * N + n[None, :]
+        mask_out = mask_t & (n < N)[None, :]
     if OVERLAP:
         gdc_launch_dependents()
-    gate = gate.to(kind)
-    up = up.to(kind)
     act, _ = activated(gate.to(tl.float32), GELU)
-    at = t[:, None] * N + n[None, :]
-    mask = mask_t & (n < N)[None, :]
-    tl.store(out_gate_ptr + at, gate, mask=mask)
-    tl.store(out_up_ptr + at, up, mask=mask)
-    tl.store(out_ptr + at, (act * up.to(tl.float32)).to(kind), mask=mask)
+    tl.store(out_gate_ptr + at, gate, mask=mask_out)
+    tl.store(out_up_ptr + at, up, mask=mask_out)
+    tl.store(out_ptr + at, (act * up.to(tl.float32)).to(kind), mask=mask_out)
 
 
 products, gated_pair = Launcher(joined_kernel, overlaps=True), Launcher(gated_pair_kernel, overlaps=True)

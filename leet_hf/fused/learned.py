@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from leet_linear_attention.dispatch import available_methods
-from leet_linear_attention.triton.launcher import overlapped
 
 from . import glu, joined, norm
 from .route import NARROW
@@ -196,8 +195,7 @@ class Learned(TorchFunctionMode):
         groups: dict[int, Group] = {}
         for x, weights in by_input.values():
             for group in _cut(weights, units):
-                # Alone, a layer has nothing to gain but from beginning early.
-                if len(group.weights) > 1 or overlapped():
+                if len(group.weights) > 1 or joined.pays_alone(x):
                     self._products(x, group)
                     groups[id(group.weights[0])] = group
         for place, wanted in self._watched.norms.items():
