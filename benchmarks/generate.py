@@ -3,11 +3,11 @@
     python benchmarks/generate.py [--quick] [--only SUBSTRING] [--no-peers] [--output FOLDER]
 
 Random weights, bfloat16, greedy. Per token: the time of a long generate() call less that of a short one, over the
-tokens between. The floor is what a token has to read, weights and states, at the speed of a copy measured in the same
-run. Peers are the stock model for MiniMax and flash-linear-attention's class for RetNet, where installed, in the same
-process. Parts: minimax, retnet, prefill, first, drafts, and cpu, the only one without a GPU; `minimax-B8` is one batch.
-On a CPU all is in processor time of one thread, which is what an idle machine's clock would show.
-A run of one part leaves the results of the others as they are.
+tokens between; the recorded step alone, without transformers' loop around it, is timed too. The floor is what a token
+has to read, weights and states, at the speed of a copy measured in the same run. Peers are the stock model for MiniMax
+and flash-linear-attention's class for RetNet, where installed, in the same process. Parts: minimax, retnet, prefill,
+first, drafts, and cpu, the only one without a GPU; `minimax-B8` is one batch. On a CPU all is in processor time of one
+thread, which is what an idle machine's clock would show. A run of one part leaves results of others as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import copy_bandwidth, one_thread, options, prompt, require_cuda, seconds, table, write
+from common import copy_bandwidth, one_thread, options, prompt, require_cuda, seconds, table, timed, write
 from small import cpu, drafts
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
@@ -80,15 +80,23 @@ STOCK: dict[str, Callable[[], Any]] = {"minimax": minimax, "retnet": fla_retnet}
 
 
 def per_token(model: Any, ids: torch.Tensor, many: int, **arguments: Any) -> dict[str, float]:
-    """Milliseconds per decoded token: median, and smallest and largest, of three differences."""
+    """Milliseconds per decoded token: median, and smallest and largest, of five differences."""
     few = 4
 
     def run(new: int) -> float:
         return seconds(lambda: model.generate(ids, max_new_tokens=new, do_sample=False, **arguments))
 
     run(few), run(many)  # compiles and records what there is to
-    found = sorted((run(few + many) - run(few)) / many * 1e3 for _ in range(3))
+    found = sorted((run(few + many) - run(few)) / many * 1e3 for _ in range(5))
     return {"median": statistics.median(found), "low": found[0], "high": found[-1]}
+
+
+def recorded_step(model: Any, batch: int) -> float | None:
+    """Milliseconds of a replay of the recorded step of one token, which goes on from where generate() ended."""
+    arenas = model._leet.decoding.arenas.values()
+    steps = [step for arena in arenas for step in arena.recordings.values() if step.ids.shape == (batch, 1)]
+    recorded = [step.recorded for step in steps if step.recorded is not None]
+    return timed(recorded[-1].replay)["median"] if recorded else None
 
 
 def read_bytes(model: Any, cache: Any, batch: int) -> tuple[float, float]:
@@ -127,6 +135,8 @@ def decoding(name: str, batches: list[int], peers: bool, bandwidth: float) -> li
         for batch, row in rows.items() if model is not None else ():
             row[f"{who} spread"] = per_token(model, prompt(batch, PROMPT, "cuda", VOCAB), 64 if who == "ours" else 16)
             row[f"{who} ms"] = row[f"{who} spread"]["median"]
+            if who == "ours":
+                row["step ms"] = recorded_step(model, batch)
             with torch.no_grad():
                 cache = cache_of(model(prompt(batch, PROMPT, "cuda", VOCAB), use_cache=True))
             row[f"{who} cache MB"] = cache_bytes(cache) / 2**20
@@ -205,7 +215,7 @@ def clean() -> None:
         torch.cuda.empty_cache()
 
 
-COLUMNS = ["what", "ours ms", "peer ms", "x peer", "of least", "floor ms", "of floor %", "ours cache MB"]
+COLUMNS = ["what", "ours ms", "step ms", "peer ms", "x peer", "of least", "floor ms", "of floor %", "ours cache MB"]
 COLUMNS += ["peer cache MB", "first token s", "slowest later token s", "32 tokens s", "graph MB", "tokens per forward"]
 COLUMNS += ["same tokens"]
 
@@ -250,11 +260,11 @@ def parts(chosen: argparse.Namespace, bandwidth: float) -> Iterator[list[dict[st
         if wanted(f"first {name}"):
             yield [first(name)]
     if bandwidth and wanted("drafts") and not chosen.quick:
-        yield drafts("cuda")
+        yield from ([row] for row in drafts("cuda"))
     if wanted("cpu"):
         one_thread()
         yield cpu()
-        yield drafts("cpu")
+        yield from ([row] for row in drafts("cpu"))
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def step(record: dict[str, Any]) -> str:
 
 def generate(record: dict[str, Any]) -> str:
     """Whole models, a decoded token."""
-    columns = ["what", "ours ms", "peer ms", "x peer", "floor ms", "of floor %", "ours cache MB"]
+    columns = ["what", "ours ms", "step ms", "peer ms", "x peer", "floor ms", "of floor %", "ours cache MB"]
     rows = [row for row in record["rows"] if "floor ms" in row]
     return table(rows, [c for c in columns if any(c in row for row in rows)])
 

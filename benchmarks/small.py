@@ -6,7 +6,7 @@ import copy
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def deepened(model: Any, times: int) -> Any:
     return deep
 
 
-def drafts(device: str) -> list[dict[str, Any]]:
+def drafts(device: str) -> Iterator[dict[str, Any]]:
     """The small trained model on a text that repeats itself: plain decoding and prompt lookup, the same tokens.
 
     On a GPU also as the draft of a deeper model that writes the same, beside that model without it.
@@ -68,7 +68,6 @@ def drafts(device: str) -> list[dict[str, Any]]:
     model = patch_model(small)
     clock = time.thread_time if device == "cpu" else time.perf_counter
     ids, new = tokenizer(REPETITIVE * 4, return_tensors="pt").input_ids.to(device), 96
-    rows: list[dict[str, Any]] = []
     written = []
     ways: dict[str, tuple[Any, dict[str, Any]]] = {
         "plain": (model, {}),
@@ -87,13 +86,10 @@ def drafts(device: str) -> list[dict[str, Any]]:
         written.append(run())
         handle.remove()
         milliseconds = statistics.median(seconds(run, clock) for _ in range(5)) * 1e3 / new
-        rows.append({"what": f"drafts {name}, {device}", "ours ms": milliseconds})
-        rows[-1] |= {
-            "tokens per forward": new / len(forwards),
-            "same tokens": bool(torch.equal(written[0], written[-1])),
-        }
-        print(rows[-1], flush=True)
-    return rows
+        row = {"what": f"drafts {name}, {device}", "ours ms": milliseconds}
+        row |= {"tokens per forward": new / len(forwards), "same tokens": bool(torch.equal(written[0], written[-1]))}
+        print(row, flush=True)
+        yield row
 
 
 def cpu() -> list[dict[str, Any]]:
