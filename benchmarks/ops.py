@@ -2,19 +2,22 @@
 
     python benchmarks/ops.py [--quick] [--only SUBSTRING] [--no-peers] [--output FOLDER]
 
-Peers, where installed: FLA's ``chunk_simple_gla`` (the same operator) and PyTorch's causal softmax attention (another
-operator, for scale). FLA tunes itself for 40 to 120 s at its first call of a head size and direction. The floor is each
-input read once and each output written once, at the speed of a copy measured in the same run.
+Peers, where installed: FLA's ``chunk_simple_gla`` (the same operator), Lightning Attention's algorithm in torch (the
+same operator, ``method="lightning"``) and PyTorch's causal softmax attention (another operator, for scale). FLA tunes
+itself for 40 to 120 s at its first call of a head size and direction. The floor is each input read once and each output
+written once, at the speed of a copy measured in the same run. The last part, `lengths`, is time over length.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lengths
 import torch
 from common import copy_bandwidth, first_call, options, require_cuda, table, timed, timed_host, write
 
@@ -118,7 +121,13 @@ def softmax(x: dict[str, Any]) -> Callable[[], torch.Tensor] | None:
     return lambda: attend(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
-PEERS: dict[str, Callable[[dict[str, Any]], Callable[[], torch.Tensor] | None]] = {"sdpa": softmax, "fla": fla}
+def lightning(x: dict[str, Any]) -> Callable[[], torch.Tensor] | None:
+    if x["cu_seqlens"] is not None or x["log_decay"].dim() == 3:
+        return None
+    return lambda: linear_attention(x["q"], x["k"], x["v"], x["log_decay"], method="lightning")[0]
+
+
+PEERS: dict[str, lengths.Contender] = {"sdpa": softmax, "lightning": lightning, "fla": fla}
 
 
 def both_ways(x: dict[str, Any], run: Callable[[], torch.Tensor]) -> Callable[[], None]:
@@ -192,8 +201,8 @@ def extra_memory(x: dict[str, Any], step: Callable[[], None]) -> float:
     return 100 * max(0, peak - held - results) / (held + results)
 
 
-COLUMNS = ["shape", "ours ms", "fla ms", "sdpa ms", "x fla", "of floor %"]
-COLUMNS += ["ours both ms", "fla both ms", "sdpa both ms", "both x fla", "both of floor %"]
+COLUMNS = ["shape", "ours ms", "fla ms", "lightning ms", "sdpa ms", "x fla", "of floor %"]
+COLUMNS += ["ours both ms", "fla both ms", "lightning both ms", "sdpa both ms", "both x fla", "both of floor %"]
 COLUMNS += ["host ms", "extra memory %", "first call s", "first both s"]
 
 
@@ -221,12 +230,15 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
 
 def main() -> None:
     parser = options(__doc__, quick="three shapes, no peers")
-    parser.add_argument("--only", default="", help="shapes whose name contains this")
+    parser.add_argument("--only", default="", help="shapes whose name contains this, or: lengths")
     chosen = parser.parse_args()
     require_cuda()
     bandwidth = copy_bandwidth()
     print(f"copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     shapes = [s for s in SHAPES if chosen.only in str(s)]
+    if chosen.only == "lengths":
+        over_length(chosen, bandwidth)
+        return
     if not shapes:
         raise SystemExit(f"--only {chosen.only!r} names no shape; there are: {', '.join(map(str, SHAPES))}")
     if chosen.quick:
@@ -248,6 +260,21 @@ def main() -> None:
     print(table(rows, [c for c in COLUMNS if any(c in r for r in rows)]))
     plot(json.loads(path.read_text())["rows"], path.with_suffix(".png"), torch.cuda.get_device_name())
     print(f"wrote {path}")
+    if not (chosen.only or chosen.quick):
+        over_length(chosen, bandwidth)
+
+
+def over_length(chosen: argparse.Namespace, bandwidth: float) -> None:
+    """Measure, write and plot one head size at all lengths."""
+    contenders = {"ours": ours} | ({} if chosen.no_peers else PEERS)
+    found: list[dict[str, Any]] = []
+    for row in lengths.rows(contenders, lambda tokens: inputs(Shape(1, tokens, 16))):
+        found.append(row)
+        record = {"copy_bytes_per_second": bandwidth, "shape": "B1 H16 D128", "rows": found}
+        path = write("ops-lengths", record, chosen.output)
+    print(table(found, ["tokens", *(f"{name} ms" for name in contenders if any(f"{name} ms" in r for r in found))]))
+    lengths.plot(found, [*contenders], path.with_suffix(".png"), f"B1 H16 D128 on {torch.cuda.get_device_name()}")
+    print(f"wrote {path} and its plot")
 
 
 if __name__ == "__main__":
