@@ -74,6 +74,16 @@ def timed(function: Callable[[], Any], warmup: int = 10, rep: int = 60) -> dict[
     return {"median": median, "low": low, "high": high}
 
 
+def timed_or_why(function: Callable[[], Any], must: bool, rep: int) -> dict[str, float] | str:
+    """As `timed`, or in words why a contender refuses; one that `must` run may not."""
+    try:
+        return timed(function, rep=rep)
+    except Exception as error:
+        if must:
+            raise
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def timed_in_turns(functions: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, dict[str, float]]:
     """Milliseconds of one call of each function a round, so that all meet the same disturbances: see `spread`.
 

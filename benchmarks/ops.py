@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lengths
 import torch
-from common import copy_bandwidth, first_call, options, require_cuda, table, timed, timed_host, write
+from common import copy_bandwidth, first_call, options, require_cuda, table, timed_host, timed_or_why, write
+from methods import comparison
+from methods import plot as plot_lengths
 
 from leet_linear_attention import linear_attention
 
@@ -76,6 +77,9 @@ SHAPES = [
 ]
 
 
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+
+
 def inputs(shape: Shape) -> dict[str, Any]:
     def normal(heads: int, width: int) -> torch.Tensor:
         x = torch.randn(shape.batch, shape.tokens, heads, width, device="cuda", dtype=shape.dtype)
@@ -127,7 +131,8 @@ def lightning(x: dict[str, Any]) -> Callable[[], torch.Tensor] | None:
     return lambda: linear_attention(x["q"], x["k"], x["v"], x["log_decay"], method="lightning")[0]
 
 
-PEERS: dict[str, lengths.Contender] = {"sdpa": softmax, "lightning": lightning, "fla": fla}
+Contender = Callable[[dict[str, Any]], Callable[[], torch.Tensor] | None]
+PEERS: dict[str, Contender] = {"sdpa": softmax, "lightning": lightning, "fla": fla}
 
 
 def both_ways(x: dict[str, Any], run: Callable[[], torch.Tensor]) -> Callable[[], None]:
@@ -144,19 +149,16 @@ def both_ways(x: dict[str, Any], run: Callable[[], torch.Tensor]) -> Callable[[]
 def time_into(row: dict[str, Any], name: str, x: dict[str, Any], function: Callable[[], torch.Tensor]) -> None:
     """Milliseconds of a contender in both directions, or why it refuses one."""
     for key, direction in ((name, function), (f"{name} both", both_ways(x, function))):
-        try:
-            with torch.set_grad_enabled(key != name):
-                row[f"{key} spread"] = timed(direction, rep=40)
-        except Exception as error:
-            if name == "ours":
-                raise
-            row[f"{key} refused"] = f"{type(error).__name__}: {error}".splitlines()[0]
-        else:
-            row[f"{key} ms"] = row[f"{key} spread"]["median"]
-            if name == "ours":
-                way = key.removeprefix(name).strip()
-                floor = row[" ".join(filter(None, ("floor", way, "ms")))]
-                row[" ".join(filter(None, (way, "of floor %")))] = 100 * floor / row[f"{key} ms"]
+        with torch.set_grad_enabled(key != name):
+            found = timed_or_why(direction, name == "ours", 40)
+        if isinstance(found, str):
+            row[f"{key} refused"] = found
+            continue
+        row[f"{key} spread"], row[f"{key} ms"] = found, found["median"]
+        if name == "ours":
+            way = key.removeprefix(name).strip()
+            floor = row[" ".join(filter(None, ("floor", way, "ms")))]
+            row[" ".join(filter(None, (way, "of floor %")))] = 100 * floor / row[f"{key} ms"]
 
 
 def measure(shape: Shape, bandwidth: float) -> dict[str, Any]:
@@ -237,7 +239,7 @@ def main() -> None:
     print(f"copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     shapes = [s for s in SHAPES if chosen.only in str(s)]
     if chosen.only == "lengths":
-        over_length(chosen, bandwidth)
+        over_length(chosen)
         return
     if not shapes:
         raise SystemExit(f"--only {chosen.only!r} names no shape; there are: {', '.join(map(str, SHAPES))}")
@@ -261,20 +263,27 @@ def main() -> None:
     plot(json.loads(path.read_text())["rows"], path.with_suffix(".png"), torch.cuda.get_device_name())
     print(f"wrote {path}")
     if not (chosen.only or chosen.quick):
-        over_length(chosen, bandwidth)
+        over_length(chosen)
 
 
-def over_length(chosen: argparse.Namespace, bandwidth: float) -> None:
-    """Measure, write and plot one head size at all lengths."""
-    contenders = {"ours": ours} | ({} if chosen.no_peers else PEERS)
-    found: list[dict[str, Any]] = []
-    for row in lengths.rows(contenders, lambda tokens: inputs(Shape(1, tokens, 16))):
-        found.append(row)
-        record = {"copy_bytes_per_second": bandwidth, "shape": "B1 H16 D128", "rows": found}
+@torch.no_grad()
+def over_length(chosen: argparse.Namespace) -> None:
+    """Forward of one head size at all lengths, as `methods.py` shows and plots its own."""
+    rows: list[dict[str, Any]] = []
+    for tokens in LENGTHS:
+        x = inputs(Shape(1, tokens, 16))
+        for name, make in {"ours": ours, **({} if chosen.no_peers else PEERS)}.items():
+            function = make(x)
+            found = "not installed" if function is None else timed_or_why(function, name == "ours", 20)
+            row: dict[str, Any] = {"tokens": tokens, "method": name}
+            row |= {"left out": found} if isinstance(found, str) else {"ms": found["median"], "spread": found}
+            rows.append(row)
+        record = {"shape": "B1 H16 D128 bfloat16, one decay per head, forward", "lengths": [*LENGTHS], "rows": rows}
         path = write("ops-lengths", record, chosen.output)
-    print(table(found, ["tokens", *(f"{name} ms" for name in contenders if any(f"{name} ms" in r for r in found))]))
-    lengths.plot(found, [*contenders], path.with_suffix(".png"), f"B1 H16 D128 on {torch.cuda.get_device_name()}")
-    print(f"wrote {path} and its plot")
+    record = json.loads(path.read_text())
+    print(comparison(record))
+    plot_lengths(record, path.with_suffix(".png"))
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":
