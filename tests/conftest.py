@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,22 @@ def auto_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     mappings += [modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING]
     for mapping in mappings:
         monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
+
+
+@pytest.fixture
+def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The recorders, of fake_graphs.py, that models make in a test."""
+    from fake_graphs import FakeRecorder
+    from leet_hf.decoding import Decoding
+
+    made: list[FakeRecorder] = []
+
+    def recorder_for(device: torch.device) -> FakeRecorder:
+        made.append(FakeRecorder())
+        return made[-1]
+
+    monkeypatch.setattr(Decoding, "recorder_for", staticmethod(recorder_for))
+    return made
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,11 @@
-"""A recorder for the CPU that behaves as CUDA graphs do: addresses and the host's values are those of the recording."""
+"""A recorder for the CPU that behaves as CUDA graphs do: addresses and the host's values are those of the recording.
+
+And small models and calls for it; the fixture `recorders` has every model take it.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import tiny
+from leet_hf import patch_model
 from leet_linear_attention import checks
 
 ASKING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default)
@@ -95,3 +101,24 @@ class FakeRecorder:
     @property
     def replays(self) -> int:
         return sum(graph.replays for graph in self.graphs)
+
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+
+
+def replays(recorders: list[FakeRecorder]) -> int:
+    return sum(recorder.replays for recorder in recorders)
+
+
+def ids(rows: int = 1, tokens: int = 11, seed: int = 5) -> Tensor:
+    return torch.tensor(tiny.prompts((tokens,) * rows, seed))
+
+
+def patched(model: Any) -> Any:
+    return patch_model(model, method="torch")  # Triton's interpreter is slow
+
+
+def stock_tokens(model: Any, prompt: Tensor, **options: Any) -> Tensor:
+    """Of the same weights without recorded steps."""
+    plain = patch_model(copy.deepcopy(model), method="torch", decode_graphs=False)
+    return plain.generate(prompt, **OPTIONS | options)

@@ -19,10 +19,15 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8 if COMPILED else 2**-7, 
 Function = Callable[..., tuple[Tensor, ...]]
 
 
+def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    """Random entries, contiguous."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
 def strided(shape: tuple[int, ...], dtype: torch.dtype, layout: str, seed: int) -> Tensor:
     """Random entries. layout: "contiguous"; "packed", a part of wider rows; "odd", whose rows begin anywhere;
     "heads first", with the second and third dimensions stored the other way round."""
-    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+    made = numbers(*shape, dtype=dtype, seed=seed)
     if layout == "heads first":
         return made.transpose(1, 2).contiguous().transpose(1, 2)
     before = {"contiguous": 0, "packed": 16, "odd": 3}[layout]

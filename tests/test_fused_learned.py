@@ -13,17 +13,12 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
+from fused_cases import DEVICE, numbers
 from leet_hf.fused import joined, norm
 from leet_hf.fused.glu import gated
 from leet_hf.fused.joined import joined_linear
 from leet_hf.fused.learned import Learned
 from leet_linear_attention.triton.launcher import overlapping
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.manual_seed(seed)).to(DEVICE, dtype)
 
 
 class Block(nn.Module):
@@ -63,7 +58,7 @@ def _blocks(many: int = 3) -> nn.Sequential:
 
 
 def _close(got: Tensor, want: Tensor) -> None:
-    assert (got - want).float().square().mean().sqrt() <= 0.02 * want.float().square().mean().sqrt()
+    assert (got - want).float().square().mean().sqrt() <= 0.01 * want.float().square().mean().sqrt()
 
 
 @pytest.mark.parametrize("many", [2, 3, 4, 5, 6])
@@ -104,17 +99,18 @@ def test_an_input_written_to_in_between(launches: list[int]) -> None:
     assert launches == [2, 2]  # the two after the change
 
 
-def test_another_order_and_other_weights() -> None:
+@pytest.mark.parametrize("rows", [1, 2])
+def test_another_order_and_other_weights(rows: int) -> None:
     model, mode = _blocks(), Learned(DEVICE)
     with mode:
-        model(numbers(2, 32))
+        model(numbers(rows, 32))
     for block in model:
         fresh = nn.Linear(32, 17, bias=False).to(DEVICE, torch.bfloat16)
         block.into = nn.ModuleList([block.into[2], fresh, block.into[0]])
         block.last = nn.Linear(18, 32, bias=False).to(DEVICE, torch.bfloat16)
     with mode, torch.no_grad():
-        got = model(numbers(2, 32))
-    _close(got, model(numbers(2, 32)))
+        got = model(numbers(rows, 32))
+    _close(got, model(numbers(rows, 32)))
 
 
 @pytest.mark.parametrize("why", ["rows", "dtype", "bias", "strides"])
@@ -179,11 +175,10 @@ class Gated(nn.Module):
         return total
 
 
-class Used(nn.Module):
+class Used:
     """Counts what is launched together."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
         self.units = self.norms = 0
         unit, sum_norm = joined.gated_linear, norm.of_sum
 
@@ -200,15 +195,16 @@ class Used(nn.Module):
 
 
 def _layers() -> nn.Sequential:
+    """In float16, which Triton's interpreter rounds to as a GPU does; bfloat16 it cuts."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Sequential(Gated(), Gated(), Gated()).to(DEVICE, torch.bfloat16).requires_grad_(False)
+        return nn.Sequential(Gated(), Gated(), Gated()).to(DEVICE, torch.float16).requires_grad_(False)
 
 
 def test_units_and_norms_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     model, mode, used = _layers(), Learned(DEVICE), Used(monkeypatch)
     for seed in range(3):
-        x = numbers(2, 1, 32, seed=seed)
+        x = numbers(2, 1, 32, dtype=torch.float16, seed=seed)
         used.units = used.norms = 0
         with mode, torch.no_grad():
             got = model(x)
@@ -218,7 +214,7 @@ def test_units_and_norms_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("what", ["written to", "another model"])
 def test_what_was_computed_early_is_not_taken_for_something_else(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, mode, x = _layers(), Learned(DEVICE), numbers(2, 32)
+    model, mode, x = _layers(), Learned(DEVICE), numbers(2, 32, dtype=torch.float16)
     with mode, torch.no_grad():
         model(x)
     if what == "written to":
@@ -237,7 +233,7 @@ def test_what_was_computed_early_is_not_taken_for_something_else(what: str, monk
 
 @pytest.mark.gpu
 def test_launches_that_begin_early_change_nothing() -> None:
-    """A long chain, recorded, with weights larger than what is asked for ahead: bit for bit what it is in turns."""
+    """A long chain, recorded and replayed on one input after another: what it is in turns, to rounding."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layers = [Gated() for _ in range(24)]
@@ -256,14 +252,12 @@ def test_launches_that_begin_early_change_nothing() -> None:
             with torch.cuda.graph(graph), overlapping(x.device), mode:
                 recorded = model(x)
             in_turns = Learned(DEVICE)
-            for _ in range(2):
-                with in_turns:
-                    want = model(x)
+            with in_turns:
+                model(x)
+            graph.replay()
+            assert torch.equal(early, recorded)
             for seed in range(20):
                 x.copy_(numbers(rows, 1024, seed=seed))
                 graph.replay()
-                assert torch.isfinite(recorded).all()
-            x.copy_(numbers(rows, 1024))
-            graph.replay()
-        assert torch.equal(early, recorded)
-        assert (early.double() - want.double()).square().mean().sqrt() <= 0.01 * want.double().square().mean().sqrt()
+                with in_turns:
+                    _close(recorded, model(x))
