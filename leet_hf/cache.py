@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from leet_linear_attention import DecodeState
 
 from .shapes import CacheSpec, RecurrentShape
 from .taken import TakesBack, number_taken
+
+if TYPE_CHECKING:
+    from .recording import Running
 
 BUFFER = 16  # tokens between two updates of the base state in plain decoding
 WINDOW = 64  # tokens that can be taken back after a recorded forward, at least
@@ -110,14 +113,14 @@ class RecurrentLayer(TakesBack, LinearAttentionLayer, CacheLayerMixin):
 
     def count_step(self, tokens: int) -> None:
         """Note a step of the state by `tokens` tokens."""
-        state = self._state
-        assert state is not None
         self.graph = None
-        held = self._held + tokens
-        if held > state.buffer:  # as DecodeState folds: nothing while all fit, else all but those to be kept
-            held -= min(self._held, held - max(state.keep, tokens))
-        self._held = held
+        self._held = self._held_beside(tokens) + tokens
         self._count(tokens)
+
+    def step_ahead(self, running: Running) -> None:
+        """Note a step by one token that was launched, and is taken back unless someone takes it off `taken`."""
+        self._held = self._held_beside(1)  # what it folds stays folded
+        self.taken, self.running = self.taken + 1, running
 
     def differentiable_state(self) -> Tensor | None:
         """The state to go on from while gradients are recorded: a tensor of its own, or None without tokens."""
@@ -282,6 +285,13 @@ class RecurrentLayer(TakesBack, LinearAttentionLayer, CacheLayerMixin):
         """After the state's tensors were made anew."""
         assert self.state is not None
         self.batch_size, self.graph, self.lent = self.state.base.shape[0], None, False
+
+    def _held_beside(self, tokens: int) -> int:
+        """How many of the tokens in the buffer are still there after a step by `tokens` more."""
+        state, held = self._state, self._held
+        assert state is not None
+        # As DecodeState folds: nothing while all fit, else all but those to be kept.
+        return held if held + tokens <= state.buffer else held - min(held, held + tokens - max(state.keep, tokens))
 
     def _count(self, tokens: int) -> None:
         self._set_length(self.cumulative_length + tokens)

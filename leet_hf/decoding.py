@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from .ahead import Pass
 from .arena import Arena, key_of
 from .cache import RecurrentLayer
 from .growing import LEAST, GrowingLayer
@@ -28,19 +29,6 @@ from .versions import cache_argument
 PASS = "leet_decoding"  # the keyword by which generate() of an admitted call reaches the base model's forward
 MOST_BYTES = 200 << 20  # of all recordings of a model
 KEPT_SHARE = 1 / 8  # of the device's memory, for states and keys kept between calls
-
-
-class Pass:
-    """One generate() call's right to recorded steps. It lives as long as the call, which is how its end is known.
-
-    masked: how many tokens its attention mask said something about; those that follow are no pads.
-    """
-
-    def __init__(self, decoding: Decoding, masked: int) -> None:
-        self.decoding, self.masked = decoding, masked
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Pass:
-        return self
 
 
 def through_graphs(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,6 +135,7 @@ class Decoding:
     def run(self, base: Any, forward: Callable[..., Any], arguments: dict[str, Any], granted: Pass) -> Any:
         """What `forward(base, **arguments)` returns, by a recorded step where these arguments allow it."""
         cache = cache_argument(arguments.get("past_key_values"), arguments.get("cache"))
+        ahead, granted.last = granted.arrived(), None
         if not serves(base, cache, arguments):
             return forward(base, **arguments)
         # Everything below runs between two replays: what is asked of every layer every time is kept to a minimum.
@@ -154,6 +143,9 @@ class Decoding:
         rows, tokens = ids.shape
         with self.lock:
             arena = self._current
+            hidden = None if ahead is None else ahead.result(cache, ids, mask, arena)
+            if ahead is not None and hidden is not None:
+                return self._counted(ahead.step, cache, hidden, granted)
             bound = arena is not None and arena.has(cache) and tokens <= arena.most
             if not bound and not fits(cache, ids):
                 return forward(base, **arguments)
@@ -175,10 +167,21 @@ class Decoding:
             hidden = self._advance(step, base)
             if hidden is None:
                 return forward(base, **arguments)
-            hidden = hidden.clone()
-            for layer in cache.layers:
-                (layer.count_step if isinstance(layer, RecurrentLayer) else layer.advance)(tokens)
-            return step.output(hidden, cache)
+            return self._counted(step, cache, hidden, granted)
+
+    def _counted(self, step: Step, cache: Any, hidden: torch.Tensor, granted: Pass) -> Any:
+        """The output of a step that has run, which the layers of the cache count."""
+        output = step.output(hidden.clone(), cache)
+        for layer in cache.layers:
+            (layer.count_step if isinstance(layer, RecurrentLayer) else layer.advance)(hidden.shape[1])
+        granted.last = step, cache
+        return output
+
+    def holds(self, granted: Pass, step: Step, cache: Any) -> bool:
+        """Whether a call still has the tensors of a step that it ran with this cache."""
+        arena = self._current
+        own = self._granted is not None and self._granted() is granted
+        return own and arena is step.arena and arena is not None and arena.has(cache)
 
     def _busy(self, granted: Pass) -> bool:
         """Whether another call, not over yet, is using recorded steps: the two would take the tensors in turns."""

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import Cache
 
+from .ahead import going_ahead, let_go_ahead
 from .cache import SLACK
 from .decoding import PASS, Decoding
 from .fused.loss import install_loss, restore_loss
@@ -103,7 +104,11 @@ class RecurrentGeneration:
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        _complete_cache(self, generation_config, model_kwargs)
+        _complete_cache(self, generation_config, model_kwargs, *args, **kwargs)
+
+    def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)  # type: ignore[misc]
+        return going_ahead(criteria, generation_config)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = _without_pass(kwargs)
@@ -114,10 +119,18 @@ def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, A
     """Transformers' own preparation, then recurrent layers in the cache it made or was given."""
     with layers_counted(model.config, len(model._leet.spec)):
         type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
-    _complete_cache(model, generation_config, model_kwargs)
+    _complete_cache(model, generation_config, model_kwargs, *args, **kwargs)
 
 
-def _complete_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+def _criteria(model: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    criteria = type(model)._get_stopping_criteria(model, generation_config, *args, **kwargs)
+    return going_ahead(criteria, generation_config)
+
+
+def _complete_cache(
+    model: Any, generation_config: Any, model_kwargs: dict[str, Any],
+    generation_mode: Any, batch_size: int, max_cache_length: int,
+) -> None:  # fmt: skip
     cache = model_kwargs.get(CACHE)
     if cache is None:
         return
@@ -135,6 +148,7 @@ def _complete_cache(model: Any, generation_config: Any, model_kwargs: dict[str, 
     granted = model._leet.decoding.admit(model, model.base_model, cache, mask)
     if granted is not None:
         model_kwargs[PASS] = granted
+        let_go_ahead(granted, model, generation_config, generation_mode, max_cache_length)
 
 
 def _masks_for_generate(model: Any, **kwargs: Any) -> Any:
@@ -185,4 +199,5 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "_supports_default_dynamic_cache": _supports_default_cache,
     "_prepare_cache_for_generation": _prepare_cache,
     "_get_candidate_generator": _candidate_generator,
+    "_get_stopping_criteria": _criteria,
 }

@@ -15,11 +15,23 @@ from torch import Tensor
 _capturing = threading.Lock()
 
 
+class Running(Protocol):
+    """A replay that was launched beside the current stream. output: its result, there after `wait`."""
+
+    output: Tensor
+
+    def wait(self) -> None:
+        """Let what the current stream does next come after it. The host does not wait."""
+
+
 class Recorded(Protocol):
     """A function that was recorded on tensors that stay where they are."""
 
     def replay(self) -> Tensor:
         """Run it on what these tensors hold now. The result is overwritten by the next replay."""
+
+    def launch(self) -> Running:
+        """Replay it beside the current stream, after all that this stream has to do so far."""
 
 
 class Recorder(Protocol):
@@ -45,13 +57,29 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+class _CudaRunning:
+    def __init__(self, done: torch.cuda.Event, output: Tensor) -> None:
+        self._done, self.output = done, output
+
+    def wait(self) -> None:
+        self._done.wait()
+
+
 class _CudaGraph:
-    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor) -> None:
-        self._graph, self._output = graph, output
+    """beside: the stream of replays that are launched ahead."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor, beside: torch.cuda.Stream) -> None:
+        self._graph, self._output, self._beside = graph, output, beside
 
     def replay(self) -> Tensor:
         self._graph.replay()
         return self._output
+
+    def launch(self) -> Running:
+        self._beside.wait_stream(torch.cuda.current_stream(self._beside.device))
+        with torch.cuda.stream(self._beside):
+            self._graph.replay()
+        return _CudaRunning(self._beside.record_event(), self._output)
 
 
 class CudaRecorder:
@@ -60,6 +88,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._beside = torch.cuda.Stream(device)
         self._bytes = 0
 
     @property
@@ -81,7 +110,7 @@ class CudaRecorder:
                 self._pool = torch.cuda.graph_pool_handle()
                 raise
             self._bytes += max(0, torch.cuda.memory_reserved() - before)
-            return _CudaGraph(graph, output)
+            return _CudaGraph(graph, output, self._beside)
 
 
 def recorder_for(device: torch.device) -> Recorder | str:

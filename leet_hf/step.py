@@ -60,6 +60,15 @@ class Step:
                 assert mask is not None
                 self.arena.padding[:, : mask.shape[1]].copy_(mask)
 
+    def fill_next(self, ids: Tensor, length: int) -> None:
+        """Put the inputs of the run after the last one where it reads them: tokens at the positions that follow."""
+        self.ids.copy_(ids)
+        self.positions.add_(1)
+        if self.window:
+            self.arena.length.fill_(length)
+            if self.padded:
+                self.arena.padding[:, length].fill_(True)
+
     @property
     def experts(self) -> str | None:
         """The experts implementation it runs with; None: as the config says."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from leet_linear_attention import DecodeState
+
+if TYPE_CHECKING:
+    from .recording import Running
 
 _last: tuple[weakref.ref[Tensor], int, int] | None = None  # a tensor on a device, its version, what it held
 
@@ -15,11 +19,13 @@ class TakesBack:
     """Something with a decode state, the last tokens of which can be taken back.
 
     lent: whether the state is an arena's, which takes tokens back from all layers at once: `taken` notes how many.
+    running: a step of the state that may be under way on another stream; one of `taken` is its token.
     """
 
     _state: DecodeState | None = None
     lent = False
     taken = 0
+    running: Running | None = None
 
     @property
     def state(self) -> DecodeState | None:
@@ -41,6 +47,9 @@ class TakesBack:
         """Take back from the state what was noted."""
         if self.taken:
             assert self._state is not None
+            if self.running is not None:
+                self.running.wait()
+                self.running = None
             self._state.rewind(self.taken)
             self.taken = 0
 

@@ -57,11 +57,28 @@ class _Recording(TorchDispatchMode):
             tensor.copy_(kept)
 
 
+class FakeRunning:
+    """A replay beside the current stream: here it has not even begun before someone waits for it."""
+
+    def __init__(self, graph: FakeGraph, output: Tensor) -> None:
+        self._graph: FakeGraph | None = graph
+        self.output = output
+
+    def wait(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+        self._graph = None
+
+
 class FakeGraph:
-    """What was recorded, as calls on the tensors of the recording; `replays` counts."""
+    """What was recorded, as calls on the tensors of the recording; `replays` and those `launched` ahead are counted."""
 
     def __init__(self, calls: list[tuple[Any, Any, Any, Any]], output: Tensor) -> None:
-        self._calls, self._output, self.replays = calls, output, 0
+        self._calls, self._output, self.replays, self.launched = calls, output, 0, 0
+
+    def launch(self) -> FakeRunning:
+        self.launched += 1
+        return FakeRunning(self, self._output)
 
     @torch.no_grad()
     def replay(self) -> Tensor:

@@ -1,0 +1,155 @@
+"""Steps that are launched before generate() asks for them, so that the device has work while the host decides.
+
+After every token the loop of `generate()` waits for the device to say whether all rows have ended, then prepares the
+next forward: 0.3 to 0.6 ms in which the device would do nothing. The step of the token just chosen is therefore
+launched beside the loop's stream before that question; the forward that follows finds it under way. If the loop ends
+instead, the step is one token that every layer takes back, as after a crop. Nothing else is done ahead: logits
+processors, sampling and criteria see what they always see.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.generation import StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+
+from .cache import RecurrentLayer
+
+if TYPE_CHECKING:
+    from .arena import Arena
+    from .decoding import Decoding
+    from .recording import Running
+    from .step import Step
+
+# What decides which forward follows a token: where a model has its own, it may be another.
+_DECIDING = ("_sample", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+_LOOP = GenerationMixin._sample.__code__
+
+
+@dataclass
+class Ahead:
+    """A step of one token a row that was launched unasked. length: tokens in the cache before it."""
+
+    step: Step
+    cache: Any
+    length: int
+    running: Running
+
+    @classmethod
+    def launch(cls, step: Step, cache: Any, ids: Tensor) -> Ahead | None:
+        """Launch the step for tokens ids [B, 1]; None, with nothing done, where it is none to be taken back."""
+        length = int(cache.get_seq_length())
+        if step.recorded is None or ids.shape != step.ids.shape or (step.window and length >= step.window):
+            return None
+        layers = [layer for layer in cache.layers if isinstance(layer, RecurrentLayer)]
+        for layer in layers:
+            if layer.record_past or layer.taken:
+                return None
+        step.fill_next(ids, length)
+        running = step.recorded.launch()
+        for layer in layers:
+            layer.step_ahead(running)
+        return cls(step, cache, length, running)
+
+    def result(self, cache: Any, ids: Tensor, mask: Tensor | None, arena: Arena | None) -> Tensor | None:
+        """Last hidden states [B, 1, hidden] if this is the step that is asked for now, counted; else None."""
+        same = cache is self.cache and arena is self.step.arena and arena.has(cache) and ids.shape == self.step.ids.shape
+        if not same or int(cache.get_seq_length()) != self.length:
+            return None
+        if self.step.padded and (mask is None or mask.shape != (ids.shape[0], self.length + 1)):
+            return None
+        layers = [layer for layer in cache.layers if isinstance(layer, RecurrentLayer)]
+        if any(layer.taken != 1 for layer in layers):
+            return None  # someone has looked at the state, or taken back more
+        for layer in layers:
+            layer.taken = 0
+        return self.running.output
+
+
+class Pass:
+    """One generate() call's right to recorded steps. It lives as long as the call, which is how its end is known.
+
+    masked: how many tokens its attention mask said something about; those that follow are no pads. most: how many
+    tokens its cache may come to hold by steps that are launched ahead; 0: none is. last: the recorded step that the
+    last forward was, with its cache, if it was one.
+    """
+
+    def __init__(self, decoding: Decoding, masked: int) -> None:
+        self.decoding, self.masked, self.most = decoding, masked, 0
+        self.last: tuple[Step, Any] | None = None
+        self._ahead: Ahead | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pass:
+        return self
+
+    def __del__(self) -> None:
+        self.arrived()
+
+    def go_ahead(self, ids: Tensor) -> None:
+        """Launch the step for the last of the tokens ids [B, T], which generate() has just chosen."""
+        last, self.last = self.last, None
+        if last is None or int(last[1].get_seq_length()) >= self.most:
+            return
+        with self.decoding.lock:
+            if self.decoding.holds(self, *last):
+                self._ahead = Ahead.launch(*last, ids[:, -1:])
+
+    def arrived(self) -> Ahead | None:
+        """The step that was launched ahead, if there is one: what the current stream does next comes after it."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.running.wait()
+        return ahead
+
+
+class _Admitted(threading.local):
+    """The pass that this thread's last generate() call got, and the config of that call."""
+
+    granted: weakref.ref[Pass] | None = None
+    config: weakref.ref[Any] | None = None
+
+
+_admitted = _Admitted()
+
+
+def let_go_ahead(granted: Pass, model: Any, config: Any, mode: GenerationMode, most: int) -> None:
+    """Let a generate() call launch steps ahead, if its loop is the one whose next forward is known.
+
+    most: tokens that its cache will hold in the end, if no row ends before.
+    """
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or config.is_assistant:
+        return
+    for name in _DECIDING:
+        if name in model.__dict__ or getattr(type(model), name) is not getattr(GenerationMixin, name):
+            return
+    granted.most = most
+    _admitted.granted, _admitted.config = weakref.ref(granted), weakref.ref(config)
+
+
+def going_ahead(criteria: StoppingCriteriaList, config: Any) -> StoppingCriteriaList:
+    """The criteria of the generate() call with this config; they launch the next step if the call may do that."""
+    granted = None if _admitted.granted is None else _admitted.granted()
+    if granted is None or _admitted.config is None or _admitted.config() is not config:
+        return criteria
+    return _Criteria(criteria, granted)
+
+
+class _Criteria(StoppingCriteriaList):
+    """Transformers' criteria, after which the next step is launched, if it is transformers' own loop that asks."""
+
+    def __init__(self, criteria: StoppingCriteriaList, granted: Pass) -> None:
+        super().__init__(criteria)
+        self._granted = granted
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done = super().__call__(input_ids, scores, **kwargs)
+        if sys._getframe(1).f_code is _LOOP:
+            self._granted.go_ahead(input_ids)
+        return done
