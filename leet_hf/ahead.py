@@ -60,7 +60,9 @@ class Ahead:
 
     def result(self, cache: Any, ids: Tensor, mask: Tensor | None, arena: Arena | None) -> Tensor | None:
         """Last hidden states [B, 1, hidden] if this is the step that is asked for now, counted; else None."""
-        same = cache is self.cache and arena is self.step.arena and arena.has(cache) and ids.shape == self.step.ids.shape
+        same = (
+            cache is self.cache and arena is self.step.arena and arena.has(cache) and ids.shape == self.step.ids.shape
+        )
         if not same or int(cache.get_seq_length()) != self.length:
             return None
         if self.step.padded and (mask is None or mask.shape != (ids.shape[0], self.length + 1)):

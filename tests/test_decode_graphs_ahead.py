@@ -5,6 +5,7 @@ The recorder of these tests runs such a step no sooner than someone waits for it
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -70,7 +71,9 @@ def test_calls_that_end_anywhere_leave_the_cache_as_it_was(kind: str, recorders:
         assert torch.equal(got.sequences, expected.sequences) and got.sequences.shape[1] == prompt.shape[1] + new
         assert launched(recorders) - before >= new - 2  # of which the last one was for nothing
         same_cache(cache_of(got), cache_of(expected))
-        more = [m.generate(o.sequences, **{CACHE: cache_of(o)}, **OPTIONS) for m, o in ((model, got), (plain, expected))]
+        more = [
+            m.generate(o.sequences, **{CACHE: cache_of(o)}, **OPTIONS) for m, o in ((model, got), (plain, expected))
+        ]
         assert torch.equal(*more)
 
 
@@ -122,7 +125,7 @@ def test_who_looks_at_the_cache_between_two_tokens(what: str, recorders: list[Fa
     got = model.generate(prompt, **{CACHE: cache}, streamer=Looks(), **OPTIONS)
     assert torch.equal(got, expected) and launched(recorders)
     if what == "state":
-        assert len(seen) >= 11 and not any(torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
+        assert len(seen) >= 11 and not any(torch.equal(*pair) for pair in itertools.pairwise(seen))
     else:
         again = model.generate(got[:, :-2], **{CACHE: cache}, **OPTIONS | {"max_new_tokens": 2})
         assert torch.equal(again, expected)
@@ -146,7 +149,9 @@ def test_a_call_that_breaks_off_leaves_the_cache_usable(recorders: list[FakeReco
         model.generate(prompt, **{CACHE: cache}, streamer=Breaks(), **OPTIONS)
     written = cache.get_seq_length()
     assert launched(recorders) and written < expected.shape[1]
-    got = model.generate(expected[:, : written + 1], **{CACHE: cache}, **OPTIONS | {"max_length": 23, "max_new_tokens": None})
+    got = model.generate(
+        expected[:, : written + 1], **{CACHE: cache}, **OPTIONS | {"max_length": 23, "max_new_tokens": None}
+    )
     assert torch.equal(got, expected[:, :23])
 
 
@@ -179,6 +184,8 @@ WAYS: dict[str, Any] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_where_the_next_forward_is_not_known_nothing_is_launched(way: str, recorders: list[FakeRecorder]) -> None:
     model, prompt = make("linear-first"), ids()
-    expected = stock_tokens(model, prompt, **{k: v for k, v in WAYS[way](make("linear-first")).items() if k != "custom_generate"})
+    expected = stock_tokens(
+        model, prompt, **{k: v for k, v in WAYS[way](make("linear-first")).items() if k != "custom_generate"}
+    )
     assert torch.equal(model.generate(prompt, **OPTIONS, **WAYS[way](model)), expected)
     assert not launched(recorders)

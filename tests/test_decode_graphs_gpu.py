@@ -19,6 +19,7 @@ from leet_hf.experts import experts_set_to
 from leet_hf.modes import Truth, check, modes
 from leet_hf.modes.truth import relative_error
 from leet_hf.versions import CACHE, cache_of
+from test_decode_graphs_ahead import StopAfter
 from test_streaming import Words
 
 pytestmark = pytest.mark.gpu
@@ -150,6 +151,27 @@ def test_reuse_batch_sizes_growth_and_memory() -> None:
     for _ in range(5):
         model.generate(ids(8), **OPTIONS)
     assert torch.cuda.memory_allocated() <= held + (1 << 20), "calls after the first leave nothing behind"
+
+
+@pytest.mark.parametrize("kind", ["linear-first", "retnet"])
+def test_steps_launched_ahead_leave_no_trace(kind: str) -> None:
+    """The step under way when all rows have ended is taken back, wherever that is in the cycle of the buffer."""
+    model = tiny_retnet.model("fla").cuda() if kind == "retnet" else patch_model(tiny.model().cuda())
+    other, prompt = plain(model), ids(3)
+    options = OPTIONS | {"max_new_tokens": 40, "return_dict_in_generate": True}
+    for new in range(3, 22):
+        stop = {"stopping_criteria": [StopAfter(prompt.shape[1] + new)]}
+        got, want = (each.generate(prompt, **options, **stop) for each in (model, other))
+        assert torch.equal(got.sequences, want.sequences) and cache_of(got).get_seq_length() == 11 + new - 1
+        for ours, theirs in zip(cache_of(got).layers, cache_of(want).layers, strict=True):
+            if hasattr(ours, "current_state"):
+                torch.testing.assert_close(ours.current_state(), theirs.current_state(), rtol=1e-3, atol=1e-4)
+        went_on = [
+            each.generate(each_out.sequences, **OPTIONS, **{CACHE: cache_of(each_out)})
+            for each, each_out in ((model, got), (other, want))
+        ]
+        assert torch.equal(*went_on)
+    assert recordings(model), reason(model)
 
 
 def test_padding_and_eager_attention() -> None:

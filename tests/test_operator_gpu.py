@@ -103,6 +103,37 @@ def test_graph_of_the_step_folds_by_itself() -> None:
     assert (state.fold() - final).norm() / final.norm() < 5e-3
 
 
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_passes_of_the_gradient_side_by_side(heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches that begin before the one in front has ended give bit for bit what they give one after another."""
+    from leet_linear_attention.triton.launch import Sweep
+
+    x = inputs(1000, heads=heads[0])
+    x[1], x[2] = (t[:, :, : heads[1]].contiguous() for t in x[1:3])
+    leaves = [t.detach().clone().requires_grad_() for t in x]
+    leaves[3].requires_grad_(False)
+    run, seen = Sweep.run, []
+
+    def gradients() -> tuple[Tensor, ...]:
+        o = linear_attention(*leaves)[0]
+        return torch.autograd.grad(o.float().square().sum(), leaves[:3])
+
+    def alone(self: Sweep, *args: object, beside: bool = False, **kwargs: object) -> object:
+        seen.append(beside)
+        torch.cuda.synchronize()
+        return run(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sweep, "run", alone)
+        wanted = gradients()
+    assert seen == [False, False, True, True]  # the forward, and the gradients of q, v and k
+    for _ in range(50):
+        got = gradients()
+        noise = [torch.full_like(x[0], float("nan")) for _ in range(3)]  # in the memory that comes free between
+        del noise
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
 @pytest.mark.parametrize("per_token", [False, True])
 def test_compiled_forward_and_backward(per_token: bool) -> None:
     torch._dynamo.reset()

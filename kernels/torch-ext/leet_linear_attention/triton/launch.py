@@ -9,7 +9,7 @@ import torch
 
 from ..shapes import sequence_count
 from . import tuning
-from .launcher import Launch, Launcher, aligned_strides, device_index
+from .launcher import Launch, Launcher, aligned_strides, can_overlap, device_index
 from .operands import Operands, Segments, Terms
 from .sweep import scan_kernel, sweep_kernel
 from .wide_launch import Wide
@@ -125,13 +125,15 @@ class Sweep:
         scores: torch.Tensor | None = None,
         chunk_states: torch.Tensor | None = None,
         terms: Terms | None = None,
+        beside: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The outputs [B, T, H, Y] in a's dtype, and the last state if wanted (None where ``segments`` were given).
 
         segments: what `segments` gave for this pass, or for one with the same states in the other order of X and Y.
         scores: what `scores` gave for this pass, or for one with a and b, and the directions of time, exchanged.
         chunk_states: [slots, H, X, Y], receives the state that meets each chunk; with ``terms`` holds those of the
-        opposite pass.
+        opposite pass. beside: whether it may run while the launch in front of it does: it reads nothing of that one's,
+        and no memory that one uses was given back since. Only passes backward in time do.
         """
         last = None
         if segments is None:
@@ -148,8 +150,9 @@ class Sweep:
                 self.wide.run(x, segments, scores, out, state_in, state_out)
             else:
                 self._launch(
-                    x, segments, out=out, state_in=state_in, state_out=state_out, chunk_states=chunk_states, terms=terms
-                )
+                    x, segments, out=out, state_in=state_in, state_out=state_out, chunk_states=chunk_states,
+                    terms=terms, beside=beside,
+                )  # fmt: skip
         if split:  # the widest rows take two programs
             out = torch.add(*out, out=x.a.new_empty(shape))  # rounded once
         return out, last
@@ -169,21 +172,22 @@ class Sweep:
         chunk_states: torch.Tensor | None = None,
         terms: Terms | None = None,
         skip: int = 0,
+        beside: bool = False,
     ) -> None:
         keys, into = (None, None) if terms is None else terms
         tensors = (
             x.a, x.b, x.c, keys, x.log_decay, out, state_in, state_out, g_sum, chunk_states, into, x.cu_seqlens,
         )  # fmt: skip
-        form = (segments.number, segments.length, skip, *[t is None for t in tensors[5:11]])
+        form = (segments.number, segments.length, skip, beside, *[t is None for t in tensors[5:11]])
         launch = self._launches.get(form)
         if launch is None:
             launch = self._launches[form] = self._prepared(
-                x, segments, keys, skip, *[t is not None for t in tensors[5:11]]
+                x, segments, keys, skip, beside, *[t is not None for t in tensors[5:11]]
             )
         launch(*tensors)
 
     def _prepared(
-        self, x: Operands, segments: Segments, keys: torch.Tensor | None, skip: int,
+        self, x: Operands, segments: Segments, keys: torch.Tensor | None, skip: int, beside: bool,
         out: bool, state_in: bool, state_out: bool, g_sum: bool, chunk_states: bool, terms: bool,
     ) -> Launch:  # fmt: skip
         """The launch of operands of this form with these tensors: see `sweep_kernel`."""
@@ -192,19 +196,19 @@ class Sweep:
             config = tuning.without_outputs(config, a.element_size(), self.index)
         d = c if keys is None else keys
         align, strides = aligned_strides(a, b, c, d)
-        heads = self.heads
+        heads, overlap = self.heads, can_overlap(self.index)
         return Launch(
             _sweep, (self.programs * (segments.number - skip),), self.index,
             (
                 self.tokens, self.batch * self.tokens, segments.length, segments.number, skip, heads,
                 heads // a.shape[2], heads // b.shape[2], heads // c.shape[2], heads // d.shape[2],
                 1 if g is None else heads // g.shape[-1], self.scale, *strides,
-                *(g.stride() if g is not None and self.decay == 2 else (0, 0, 0)), *self.state_strides,
+                *(g.stride() if g is not None and self.decay == 2 else (0, 0, 0)), *self.state_strides, int(beside),
             ),
             (
                 self.x, self.y, config.chunk, config.block_x, config.block_y, self.decay, self.reverse, self.packed,
                 align, config.warps > 4, out, state_in, state_out, chunk_states and not terms, terms, g_sum,
-                a.dtype == torch.float32, a.dtype == torch.float16,
+                a.dtype == torch.float32, a.dtype == torch.float16, overlap,
             ),
-            config.warps, config.stages,
+            config.warps, config.stages, overlap and self.reverse,
         )  # fmt: skip

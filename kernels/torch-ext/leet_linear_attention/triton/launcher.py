@@ -6,6 +6,7 @@ than a short sequence takes on the device. What decides here is little, so it is
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,9 @@ def overlapping(device: torch.device) -> Iterator[None]:
     guide, "Programmatic Dependent Launch"). It pays where many short launches follow each other, as in a decode step.
     """
     kept = _overlap.on
-    _overlap.on = device.type == "cuda" and torch.version.hip is None and _capability(device) >= 9
+    _overlap.on = device.type == "cuda" and can_overlap(
+        torch.cuda.current_device() if device.index is None else device.index
+    )
     try:
         yield
     finally:
@@ -43,8 +46,12 @@ def overlapped() -> bool:
     return _overlap.on
 
 
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
+@functools.cache
+def can_overlap(device_index: int) -> bool:
+    """Whether launches on a CUDA device can begin before those in front of them have ended; not in the interpreter."""
+    if device_index < 0 or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device_index)[0] >= 9
 
 
 def device_index(x: torch.Tensor) -> int:
@@ -85,22 +92,24 @@ class Launcher:
         warps: int,
         stages: int,
         registers: int | None = None,
+        early: bool = False,
     ) -> Any:
         """Launch a grid of one or two dimensions on a device's current stream; device -1: Triton's interpreter.
 
-        registers: the most a thread may use; None leaves it to the compiler. Returns what `Launch` may call the next
-        time, or None where Triton has to look at the arguments.
+        registers: the most a thread may use; None leaves it to the compiler. early: as inside `overlapping`, of a
+        kernel that waits by itself. Returns what `Launch` may call the next time, or None where Triton has to look at
+        the arguments.
         """
         if device >= 0 and torch.cuda.current_device() != device:
             with torch.cuda.device(device):
-                return self(grid, device, tensors, numbers, constants, warps, stages, registers)
+                return self(grid, device, tensors, numbers, constants, warps, stages, registers, early)
         options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
         if registers is not None:
             options["maxnreg"] = registers
         if self.overlaps:
             constants = (*constants, _overlap.on)
-            if _overlap.on:
-                options["launch_pdl"] = True
+        if early or (self.overlaps and _overlap.on):
+            options["launch_pdl"] = True
         if device < 0:
             self._kernel[grid](*tensors, *numbers, *constants, **options)
             return None
@@ -110,7 +119,7 @@ class Launcher:
         for address in addresses:
             together |= address
         usual = together % 16 == 0 and max(numbers) < _INT32
-        key = (device, constants, warps, stages, registers, *[None if x is None else x.dtype for x in tensors])
+        key = (device, constants, warps, stages, registers, early, *[None if x is None else x.dtype for x in tensors])
         compiled = self._compiled.get(key) if usual else None
         if compiled is not None:
             blocks = (*grid, 1, 1)
@@ -138,9 +147,10 @@ class Launch:
         constants: tuple[Any, ...],
         warps: int,
         stages: int,
+        early: bool = False,
     ) -> None:
         self._launcher, self._grid, self._device = launcher, grid, device
-        self._numbers, self._constants, self._options = numbers, constants, (warps, stages)
+        self._numbers, self._constants, self._options = numbers, constants, (warps, stages, None, early)
         self._rest = [(*numbers, *constants, *([overlap] if launcher.overlaps else [])) for overlap in (False, True)]
         self._runs: list[Any] = [None, None]  # outside `overlapping`, and inside
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .common import decayed, dot, dot_scaled, factors, narrow_dot
 from .decay_gradient import chunk_terms
@@ -35,17 +36,18 @@ def power(g, DECAY: tl.constexpr):
         "T", "rows", "segment", "n_segments", "skip", "H",
         "group_a", "group_b", "group_c", "group_d", "group_g",
         "sab", "sat", "sah", "sbb", "sbt", "sbh", "scb", "sct", "sch", "sdb", "sdt", "sdh", "sgb", "sgt", "sgh",
-        "ssx", "ssy",
+        "ssx", "ssy", "beside",
     ]
 )  # fmt: skip
 def sweep_kernel(
     a_ptr, b_ptr, c_ptr, d_ptr, g_ptr, out_ptr, s_in_ptr, s_out_ptr, g_sum_ptr, chunks_ptr, terms_ptr, cu_ptr,
     T, rows, segment, n_segments, skip, H, group_a, group_b, group_c, group_d, group_g, scale,
-    sab, sat, sah, sbb, sbt, sbh, scb, sct, sch, sdb, sdt, sdh, sgb, sgt, sgh, ssx, ssy,
+    sab, sat, sah, sbb, sbt, sbh, scb, sct, sch, sdb, sdt, sdh, sgb, sgt, sgh, ssx, ssy, beside,
     X: tl.constexpr, Y: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr, APART: tl.constexpr,
     HAS_OUT: tl.constexpr, HAS_S_IN: tl.constexpr, HAS_S_OUT: tl.constexpr, HAS_CHUNKS: tl.constexpr,
     HAS_TERMS: tl.constexpr, SEGMENTED: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences * H * (segments - ``skip``) * tiles of the state,), tiles fastest.
 
@@ -56,7 +58,14 @@ def sweep_kernel(
 
     HAS_CHUNKS writes the state that meets each chunk, [slots, H, X, Y]. HAS_TERMS reads those of the opposite pass and,
     with d (as wide as c), writes the terms of the gradient of log_decay, [2, tiles, B, T, H] (see ``decay_gradient``).
+
+    OVERLAP: the launch behind this one may begin while this one runs. beside: 1 if this one has nothing to do with the
+    launch in front of it and need not wait for its end, only end no sooner.
     """
+    if OVERLAP:
+        gdc_launch_dependents()
+        if beside == 0:
+            gdc_wait()
     TILES_X: tl.constexpr = (X + BX - 1) // BX
     TILES: tl.constexpr = ((Y + BY - 1) // BY) * TILES_X
     i_tile = tl.program_id(0) % TILES
@@ -236,6 +245,8 @@ def sweep_kernel(
         tl.store(s_out_ptr + i_state + o_state, S * held if IS_FP16 else S, mask=mask_state)
     if SEGMENTED and i_tile == 0:
         tl.store(g_sum_ptr + i_nh * n_segments + i_s, g_total)
+    if OVERLAP:
+        gdc_wait()  # whoever waits for this launch waits for all in front of it
 
 
 @triton.jit(do_not_specialize=["n_segments", "XY"])

@@ -134,12 +134,13 @@ def segments(tokens: int, config: SweepConfig, programs: int, device_index: int)
     program on every processor is enough to keep the memory busy. Two do not pay where a pass waits for the memory, as
     they read as much again as they gain; the widest rows wait for products, which the first reading has one of.
     """
-    chunk = config.chunk
+    least = 4 * config.chunk
     if device_index < 0:
-        wanted = 2 if tokens > 4 * chunk else 1
+        wanted = 2 if tokens > least else 1
     else:
         wanted = processors(device_index) // max(programs, 1)
-    count = max(1, min(wanted, tokens // (4 * chunk)))
+        least *= 2  # the pass that gathers states, and two launches more, take as long as so many chunks
+    count = max(1, min(wanted, tokens // least))
     if count < (3 if config.block_x < _WIDEST_BLOCK else 2) and device_index >= 0:
         count = 1
     length = -(-tokens // count)
@@ -153,6 +154,15 @@ class StepConfig(NamedTuple):
     block_v: int
     warps: int
     registers: int | None = None
+
+
+# Tokens of a decode step that are too few for the matrix units: see ``step_few``.
+FEW_ROWS = 4
+
+
+def step_rows(tokens: int) -> int:
+    """Rows of the form that a decode step of ``tokens`` tokens takes: 1, `FEW_ROWS`, or what the matrix units take."""
+    return 1 if tokens == 1 else FEW_ROWS if tokens <= FEW_ROWS else block_of(tokens)
 
 
 @functools.cache
@@ -174,6 +184,8 @@ def step_fits(rows: int, held: int, key_dim: int, block_v: int, itemsize: int, d
     """
     if device_index < 0:
         return True
+    if rows == FEW_ROWS:
+        rows, held = block_of(rows), block_of(1)  # blocks of tokens; the buffer goes through one after the other
     width = block_of(key_dim)
     tokens = (2 * rows + held) * width + (rows + held) * block_v
     products = rows * (rows + held) + width * block_v
