@@ -15,7 +15,7 @@ from common import prompt, seconds, spread
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from leet_hf import patch_model
+from leet_hf import patch_model, patch_report
 from leet_hf.versions import CACHE, cache_of
 
 KJV = Path(__file__).parent.parent / "examples" / "assets" / "kjv-minimax"
@@ -51,7 +51,9 @@ def deepened(model: Any, times: int) -> Any:
         out.weight.zero_()
         layer.mlp.experts.down_proj.zero_()
     own.layers = nn.ModuleList([*own.layers, *layers[len(own.layers) :]])
-    own.config = config
+    for module in own.modules():
+        if hasattr(module, "config"):
+            module.config = config
     deep.model = own
     deep.tie_weights()
     return deep
@@ -74,7 +76,8 @@ def drafts(device: str) -> Iterator[dict[str, Any]]:
         "prompt lookup": (model, {"prompt_lookup_num_tokens": 7}),
     }
     if deep is not None:
-        ways |= {"deeper, plain": (deep, {}), "deeper, with a draft": (deep, {"assistant_model": model})}
+        ways |= {"deeper, plain": (deep, {}), "deeper, prompt lookup": (deep, ways["prompt lookup"][1])}
+        ways |= {"deeper, with a draft": (deep, {"assistant_model": model})}
     for name, (writer, arguments) in ways.items():
         forwards: list[int] = []
 
@@ -88,6 +91,8 @@ def drafts(device: str) -> Iterator[dict[str, Any]]:
         milliseconds = statistics.median(seconds(run, clock) for _ in range(5)) * 1e3 / new
         row = {"what": f"drafts {name}, {device}", "ours ms": milliseconds}
         row |= {"tokens per forward": new / len(forwards), "same tokens": bool(torch.equal(written[0], written[-1]))}
+        if device == "cuda":
+            row["graphs"] = next(line for line in patch_report(writer).host if line.startswith("decode graphs"))
         print(row, flush=True)
         yield row
 

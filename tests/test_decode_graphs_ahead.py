@@ -31,7 +31,7 @@ class StopAfter(StoppingCriteria):
         self.tokens = tokens
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full(input_ids.shape[:1], input_ids.shape[1] >= self.tokens)
+        return torch.full(input_ids.shape[:1], input_ids.shape[1] >= self.tokens, device=input_ids.device)
 
 
 def launched(recorders: list[FakeRecorder]) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from leet_linear_attention import DecodeState, linear_attention, linear_attention_step, reference
-from leet_linear_attention.triton.launcher import overlapped, overlapping
+from leet_linear_attention.triton.launcher import _overlap, overlapping
 from operator_cases import TOLERANCE, Case, error, errors, make_inputs, run, run_oracle
 
 pytest.importorskip("triton")
@@ -21,6 +21,14 @@ COMPILED = torch.cuda.is_available()
 DEVICE = "cuda" if COMPILED else "cpu"
 # The interpreter cuts float32 to bfloat16 where hardware rounds, which doubles that dtype's error.
 LIMIT = TOLERANCE if COMPILED else {**TOLERANCE, torch.bfloat16: 1.5e-2}
+
+
+def check(found: dict[str, float], dtype: torch.dtype) -> None:
+    """Errors within `LIMIT`; compiled, twice that for the gradient of log_decay: few sums here, in which most cancels."""
+    double = {"dlog_decay"} if COMPILED else set()
+    wrong = {name: e for name, e in found.items() if not e <= LIMIT[dtype] * (2 if name in double else 1)}
+    assert not wrong, wrong
+
 
 CASES = [
     Case(tokens=0),
@@ -43,7 +51,7 @@ def test_sweeps(case: Case, dtype: torch.dtype) -> None:
     x = make_inputs(Case(**{**case.__dict__, "dtype": dtype}), DEVICE)
     # at -30 a token only the recurrent oracle keeps the digits of log_decay's gradient
     found = errors(x, "triton", run_oracle(x, reference.recurrent if case.decay == "fast" else None))
-    assert max(found.values()) <= LIMIT[dtype], found
+    check(found, dtype)
 
 
 @pytest.mark.parametrize("decay", ["none", "head"])
@@ -107,7 +115,7 @@ def test_wide_heads_with_a_learned_decay(wide_passes: list[int]) -> None:
     x = make_inputs(case, DEVICE)
     found = errors(x, "triton", run_oracle(x))
     assert wide_passes[0] == 2
-    assert max(found.values()) <= LIMIT[torch.bfloat16], found
+    check(found, torch.bfloat16)
     linear_attention(x.q.float(), x.k.float(), x.v.float(), x.log_decay, method="triton")
     assert wide_passes[0] == 2
 
@@ -180,8 +188,8 @@ def test_step_is_the_sequence(decay: str, dtype: torch.dtype) -> None:
 
 def test_overlapping_is_for_gpus_alone() -> None:
     with overlapping(torch.device("cpu")):
-        assert not overlapped()
-    assert not overlapped()
+        assert not _overlap.on
+    assert not _overlap.on
 
 
 @pytest.mark.gpu
@@ -193,9 +201,9 @@ def test_a_launch_inside_and_outside_of_overlapping() -> None:
         q, k, v = (torch.randn(2, 1, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
         plain = linear_attention_step(q, k, v, None, state[0])
         with overlapping(q.device) if step % 3 else nullcontext():
-            assert overlapped() == (step % 3 > 0 and torch.cuda.get_device_capability()[0] >= 9)
+            assert _overlap.on == (step % 3 > 0 and torch.cuda.get_device_capability()[0] >= 9)
             early = linear_attention_step(q, k, v, None, state[1])
         assert torch.equal(plain, early)
     with pytest.raises(ZeroDivisionError), overlapping(q.device):
         raise ZeroDivisionError
-    assert not overlapped()
+    assert not _overlap.on

@@ -138,7 +138,7 @@ def step_asks_the_device(state: DecodeState, tokens: int, method: str = "auto") 
     from .triton import tuning
 
     width_k, width_v = state.base.shape[2:]
-    rows = tuning.step_rows(tokens)
+    rows = 1 if tokens == 1 else tuning.block_of(tokens)
     block_v = tuning.step_config(width_k, width_v, rows).block_v
     index = device.index if device.type == "cuda" else -1
     return not tuning.step_fits(rows, state.buffer, width_k, block_v, state.keys.element_size(), index)

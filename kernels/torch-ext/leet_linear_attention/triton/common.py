@@ -75,14 +75,6 @@ def decayed(S, g):
 
 
 @triton.jit
-def wide_sum(g, PRECISE: tl.constexpr):
-    """Running sum and total of log_decays, in float64 where PRECISE."""
-    if PRECISE:
-        g = g.to(tl.float64)
-    return tl.cumsum(g, 0), tl.sum(g, 0)
-
-
-@triton.jit
 def wait_for_inputs(OVERLAP: tl.constexpr):
     """Inside ``launcher.overlapping``: the launch after this one may begin, then the one before this one has ended.
 

@@ -143,7 +143,9 @@ class Sweep:
             last = self._state(x)
         shape = (self.batch, self.tokens, self.heads, self.y)
         split = self.parts > 1
-        out = x.a.new_empty((self.parts, *shape), dtype=torch.float32) if split else x.a.new_empty(shape)
+        # Two roundings for one, and half the memory; but parts in float16 could overflow where their sum does not.
+        dtype = torch.float32 if split and x.a.dtype == torch.float16 else x.a.dtype
+        out = x.a.new_empty((self.parts, *shape) if split else shape, dtype=dtype)
         if self.programs:
             state_in, state_out = (state, last) if one else (segments.starts, None)
             if self.wide is not None and chunk_states is None and terms is None:
@@ -154,7 +156,7 @@ class Sweep:
                     terms=terms, beside=beside,
                 )  # fmt: skip
         if split:  # the widest rows take two programs
-            out = torch.add(*out, out=x.a.new_empty(shape))  # rounded once
+            out = torch.add(*out, out=x.a.new_empty(shape))
         return out, last
 
     def _state(self, x: Operands) -> torch.Tensor:

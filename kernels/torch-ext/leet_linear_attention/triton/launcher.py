@@ -41,11 +41,6 @@ def overlapping(device: torch.device) -> Iterator[None]:
         _overlap.on = kept
 
 
-def overlapped() -> bool:
-    """Whether this thread is inside `overlapping`, and the device can that."""
-    return _overlap.on
-
-
 @functools.cache
 def can_overlap(device_index: int) -> bool:
     """Whether launches on a CUDA device can begin before those in front of them have ended; not in the interpreter."""

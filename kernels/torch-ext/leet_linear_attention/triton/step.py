@@ -13,9 +13,16 @@ import triton.language as tl
 
 from ..torch_step import step as torch_step
 from . import tuning
-from .common import decayed, dot, dot_narrow, narrow_dot, wait_for_inputs, wide_sum
+from .common import decayed, dot, dot_narrow, narrow_dot, wait_for_inputs
 from .launcher import Launcher, aligned_strides, device_index
-from .step_few import few_outputs
+
+
+@triton.jit
+def wide_sum(g, PRECISE: tl.constexpr):
+    """Running sum and total of log_decays, in float64 where PRECISE."""
+    if PRECISE:
+        g = g.to(tl.float64)
+    return tl.cumsum(g, 0), tl.sum(g, 0)
 
 
 @triton.jit
@@ -66,10 +73,10 @@ def step_kernel(
     T, H, group_q, group_k, group_v, group_g, scale, keep,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sgb, sgt, sgh,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
-    BT: tl.constexpr, FEW: tl.constexpr, DECAY: tl.constexpr, ALIGN: tl.constexpr, IS_FP32: tl.constexpr,
-    IS_FP16: tl.constexpr, OVERLAP: tl.constexpr,
+    BT: tl.constexpr, DECAY: tl.constexpr, ALIGN: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H * blocks of V,), blocks fastest. T <= BT and N <= BN. FEW: T <= 4, and BT is 16.
+    """Grid (B * H * blocks of V,), blocks fastest. T <= BT and N <= BN.
 
     The ring has R = 2 N slots: keys [B, R, Hk, K], values [B, R, Hv, V], decays [B, R, H].
     """
@@ -92,9 +99,8 @@ def step_kernel(
     mask_k = key < K
     mask_v = value < V
     base_ptr += i_bh * K * V
-    if not FEW:
-        mask_s = mask_k[:, None] & mask_v[None, :]
-        S = tl.load(base_ptr + key[:, None] * V + value[None, :], mask=mask_s, other=0.0)
+    mask_s = mask_k[:, None] & mask_v[None, :]
+    S = tl.load(base_ptr + key[:, None] * V + value[None, :], mask=mask_s, other=0.0)
 
     # This head's part of the ring, and its new tokens. Strides come divided by ALIGN: the product tells the compiler
     # that loads may be 16 bytes wide.
@@ -114,52 +120,44 @@ def step_kernel(
     if DECAY == 0:
         g = tl.zeros((BT,), dtype=tl.float32)
     elif DECAY == 1:
-        g_ptr += i_h // group_g
-        g = tl.where(new, tl.load(g_ptr), 0.0)
+        g = tl.where(new, tl.load(g_ptr + i_h // group_g), 0.0)
     else:
-        g_ptr += i_b * sgb + (i_h // group_g) * sgh
-        g = tl.load(g_ptr + t * sgt, mask=new, other=0.0)
+        g = tl.load(g_ptr + i_b * sgb + t * sgt + (i_h // group_g) * sgh, mask=new, other=0.0)
     tile_k = new[:, None] & mask_k[None, :]
     tile_v = new[:, None] & mask_v[None, :]
     k = tl.load(k_ptr + (t * skt)[:, None] + key[None, :], mask=tile_k, other=0.0)
     v = tl.load(v_ptr + (t * svt)[:, None] + value[None, :], mask=tile_v, other=0.0)
-    if FEW:
-        few_outputs(
-            base_ptr, q_ptr, g_ptr, out_ptr, keys_ptr, values_ptr, decays_ptr, start, count, k, v, key, value, T, scale,
-            sqt, sgt, H * V, heads_k * K, heads_v * V, H, K, V, BK, BV, BN, R, DECAY, IS_FP32,
-        )  # fmt: skip
-    else:
-        G, G_now = wide_sum(g, IS_FP32)
+    G, G_now = wide_sum(g, IS_FP32)
 
-        # Buffered tokens, oldest first.
-        n = tl.arange(0, BN)
-        slot = (start + n) % R
-        held = n < count
-        kb = tl.load(
-            keys_ptr + (slot * heads_k * K)[:, None] + key[None, :], mask=held[:, None] & mask_k[None, :], other=0.0
-        )
-        vb = tl.load(
-            values_ptr + (slot * heads_v * V)[:, None] + value[None, :], mask=held[:, None] & mask_v[None, :], other=0.0
-        )
-        Gb, Gb_all = wide_sum(tl.load(decays_ptr + slot * H, mask=held, other=0.0), IS_FP32)
-        if BT == 1:
-            # Too few rows for the matrix units.
-            q = tl.load(q_ptr + key, mask=mask_k, other=0.0).to(tl.float32)
-            w_b = tl.sum(kb.to(tl.float32) * q[None, :], 1) * tl.exp((Gb_all - Gb + G_now).to(tl.float32))
-            w = tl.sum(k.to(tl.float32) * q[None, :], 1)
-            o = tl.sum(q[:, None] * S, 0) * tl.exp((Gb_all + G_now).to(tl.float32))
-            o += tl.sum(tl.where(held, w_b, 0.0)[:, None] * vb.to(tl.float32), 0)
-            o += tl.sum(w[:, None] * v.to(tl.float32), 0)
-            tl.store(out_ptr + value, (o * scale).to(out_ptr.dtype.element_ty), mask=mask_v)
-        else:
-            q = tl.load(q_ptr + (t * sqt)[:, None] + key[None, :], mask=tile_k, other=0.0)
-            o = dot_narrow(q, S, IS_FP16) * tl.exp((G + Gb_all).to(tl.float32))[:, None]
-            causal = t[:, None] >= t[None, :]
-            A = dot(q, tl.trans(k)) * tl.exp(tl.where(causal, G[:, None] - G[None, :], 0.0).to(tl.float32))
-            o += narrow_dot(tl.where(causal, A, 0.0), v, IS_FP16)
-            A = dot(q, tl.trans(kb)) * tl.exp((G[:, None] + (Gb_all - Gb)[None, :]).to(tl.float32))
-            o += narrow_dot(tl.where(held[None, :], A, 0.0), vb, IS_FP16)
-            tl.store(out_ptr + (t * H * V)[:, None] + value[None, :], (o * scale).to(out_ptr.dtype.element_ty), mask=tile_v)
+    # Buffered tokens, oldest first.
+    n = tl.arange(0, BN)
+    slot = (start + n) % R
+    held = n < count
+    kb = tl.load(
+        keys_ptr + (slot * heads_k * K)[:, None] + key[None, :], mask=held[:, None] & mask_k[None, :], other=0.0
+    )
+    vb = tl.load(
+        values_ptr + (slot * heads_v * V)[:, None] + value[None, :], mask=held[:, None] & mask_v[None, :], other=0.0
+    )
+    Gb, Gb_all = wide_sum(tl.load(decays_ptr + slot * H, mask=held, other=0.0), IS_FP32)
+    if BT == 1:
+        # Too few rows for the matrix units.
+        q = tl.load(q_ptr + key, mask=mask_k, other=0.0).to(tl.float32)
+        w_b = tl.sum(kb.to(tl.float32) * q[None, :], 1) * tl.exp((Gb_all - Gb + G_now).to(tl.float32))
+        w = tl.sum(k.to(tl.float32) * q[None, :], 1)
+        o = tl.sum(q[:, None] * S, 0) * tl.exp((Gb_all + G_now).to(tl.float32))
+        o += tl.sum(tl.where(held, w_b, 0.0)[:, None] * vb.to(tl.float32), 0)
+        o += tl.sum(w[:, None] * v.to(tl.float32), 0)
+        tl.store(out_ptr + value, (o * scale).to(out_ptr.dtype.element_ty), mask=mask_v)
+    else:
+        q = tl.load(q_ptr + (t * sqt)[:, None] + key[None, :], mask=tile_k, other=0.0)
+        o = dot_narrow(q, S, IS_FP16) * tl.exp((G + Gb_all).to(tl.float32))[:, None]
+        causal = t[:, None] >= t[None, :]
+        A = dot(q, tl.trans(k)) * tl.exp(tl.where(causal, G[:, None] - G[None, :], 0.0).to(tl.float32))
+        o += narrow_dot(tl.where(causal, A, 0.0), v, IS_FP16)
+        A = dot(q, tl.trans(kb)) * tl.exp((G[:, None] + (Gb_all - Gb)[None, :]).to(tl.float32))
+        o += narrow_dot(tl.where(held[None, :], A, 0.0), vb, IS_FP16)
+        tl.store(out_ptr + (t * H * V)[:, None] + value[None, :], (o * scale).to(out_ptr.dtype.element_ty), mask=tile_v)
 
     # Fold the oldest tokens where the new ones find no room.
     folded = count * 0
@@ -212,7 +210,7 @@ def step(
         return out
     decay = 0 if log_decay is None else (1 if log_decay.dim() == 1 else 2)
     sg = log_decay.stride() if log_decay is not None and decay == 2 else (0, 0, 0)
-    rows = tuning.step_rows(tokens)
+    rows = 1 if tokens == 1 else tuning.block_of(tokens)
     held = tuning.block_of(buffer)
     config = tuning.step_config(width_k, width_v, rows)
     if not tuning.step_fits(rows, held, width_k, config.block_v, q.element_size(), device_index(q)):
@@ -228,8 +226,7 @@ def step(
             *strides, *sg,
         ),
         (
-            width_k, width_v, tuning.block_of(width_k), config.block_v, buffer, held,
-            tuning.block_of(rows) if rows > 1 else 1, rows == tuning.FEW_ROWS, decay, align,
+            width_k, width_v, tuning.block_of(width_k), config.block_v, buffer, held, rows, decay, align,
             q.dtype == torch.float32, q.dtype == torch.float16,
         ),
         config.warps, 1, config.registers,

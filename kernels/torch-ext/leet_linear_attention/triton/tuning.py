@@ -156,15 +156,6 @@ class StepConfig(NamedTuple):
     registers: int | None = None
 
 
-# Tokens of a decode step that are too few for the matrix units: see ``step_few``.
-FEW_ROWS = 4
-
-
-def step_rows(tokens: int) -> int:
-    """Rows of the form that a decode step of ``tokens`` tokens takes: 1, `FEW_ROWS`, or what the matrix units take."""
-    return 1 if tokens == 1 else FEW_ROWS if tokens <= FEW_ROWS else block_of(tokens)
-
-
 @functools.cache
 def step_config(key_dim: int, value_dim: int, rows: int) -> StepConfig:
     """Configuration of the decode step of ``rows`` (padded) tokens: a tile of about 8192 state entries a program.
@@ -174,6 +165,8 @@ def step_config(key_dim: int, value_dim: int, rows: int) -> StepConfig:
     block_v = max(16, min(block_of(value_dim), 64, 8192 // block_of(key_dim)))
     if rows >= 64:
         return StepConfig(64, 8)
+    if rows == 16:  # 2 to 16 tokens, the products wait for one another: small programs, many on a processor
+        return StepConfig(block_v, 4, 96) if key_dim <= 128 else StepConfig(block_v, 2)
     return StepConfig(block_v, 4, 128 if rows == 1 or key_dim <= 128 else None)
 
 
@@ -184,8 +177,6 @@ def step_fits(rows: int, held: int, key_dim: int, block_v: int, itemsize: int, d
     """
     if device_index < 0:
         return True
-    if rows == FEW_ROWS:
-        rows, held = block_of(rows), block_of(1)  # blocks of tokens; the buffer goes through one after the other
     width = block_of(key_dim)
     tokens = (2 * rows + held) * width + (rows + held) * block_v
     products = rows * (rows + held) + width * block_v
