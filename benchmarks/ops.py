@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import copy_bandwidth, first_call, options, require_cuda, table, timed_host, timed_or_why, write
+from common import (
+    Nothing,
+    copy_bandwidth,
+    first_call,
+    options,
+    require_cuda,
+    table,
+    timed,
+    timed_host,
+    timed_or_why,
+    write,
+)
 from methods import comparison
 from methods import plot as plot_lengths
 
@@ -169,6 +180,8 @@ def measure(shape: Shape, bandwidth: float) -> dict[str, Any]:
     run = ours(x)
     row["first call s"], row["first both s"] = first_call(run), first_call(both_ways(x, run))
     time_into(row, "ours", x, run)
+    alone = both_ways(x, lambda: Nothing.apply(x["q"], x["k"], x["v"]))
+    row["autograd both ms"] = timed(alone)["median"]  # no call both ways can take less on this host
     with torch.no_grad():
         row["host ms"] = timed_host(run)["median"]
     row["extra memory %"] = extra_memory(x, both_ways(x, run))
@@ -205,7 +218,7 @@ def extra_memory(x: dict[str, Any], step: Callable[[], None]) -> float:
 
 COLUMNS = ["shape", "ours ms", "fla ms", "lightning ms", "sdpa ms", "x fla", "of floor %"]
 COLUMNS += ["ours both ms", "fla both ms", "lightning both ms", "sdpa both ms", "both x fla", "both of floor %"]
-COLUMNS += ["host ms", "extra memory %", "first call s", "first both s"]
+COLUMNS += ["autograd both ms", "host ms", "extra memory %", "first call s", "first both s"]
 
 
 def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:

@@ -71,8 +71,13 @@ class Ahead:
         if any(layer.taken != 1 for layer in layers):
             return None  # someone has looked at the state, or taken back more
         for layer in layers:
-            layer.taken = 0
+            layer.taken, layer.running = 0, None
         return self.running.output
+
+    def take_back(self) -> None:
+        """Take its token back from a cache that goes on without it."""
+        if self.step.arena.has(self.cache):
+            self.step.arena.settle(self.cache)
 
 
 class Pass:
@@ -92,7 +97,9 @@ class Pass:
         return self
 
     def __del__(self) -> None:
-        self.arrived()
+        if (ahead := self.arrived()) is not None:
+            with self.decoding.lock:
+                ahead.take_back()
 
     def go_ahead(self, ids: Tensor) -> None:
         """Launch the step for the last of the tokens ids [B, T], which generate() has just chosen."""

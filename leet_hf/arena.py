@@ -104,9 +104,10 @@ class Arena:
             for layer in layers:
                 layer.settle()
         elif (number := taken.pop()) > 0:
-            self.counts.sub_(number)
             for layer in layers:
                 layer.taken = 0
+                layer.arrive()
+            self.counts.sub_(number)
 
     def snapshot(self) -> Callable[[], None] | None:
         """What puts the states back as they are now; None where there is no memory for a copy."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -43,15 +43,26 @@ class TakesBack:
         if not self.lent:
             self.settle()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles get: a step that is under way can not be copied, so its token is taken back."""
+        if self.running is not None:
+            self.settle()
+            self.arrive()
+        return dict(self.__dict__)
+
     def settle(self) -> None:
         """Take back from the state what was noted."""
         if self.taken:
             assert self._state is not None
-            if self.running is not None:
-                self.running.wait()
-                self.running = None
+            self.arrive()
             self._state.rewind(self.taken)
             self.taken = 0
+
+    def arrive(self) -> None:
+        """Let what the current stream does next come after a step that may be under way."""
+        if self.running is not None:
+            self.running.wait()
+            self.running = None
 
 
 def number_taken(tokens_to_remove: int | Tensor) -> int:

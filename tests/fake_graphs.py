@@ -69,6 +69,9 @@ class FakeRunning:
             self._graph.replay()
         self._graph = None
 
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("events of a device can not be copied")
+
 
 class FakeGraph:
     """What was recorded, as calls on the tensors of the recording; `replays` and those `launched` ahead are counted."""

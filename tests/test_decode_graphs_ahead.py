@@ -5,6 +5,7 @@ The recorder of these tests runs such a step no sooner than someone waits for it
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -71,6 +72,7 @@ def test_calls_that_end_anywhere_leave_the_cache_as_it_was(kind: str, recorders:
         assert torch.equal(got.sequences, expected.sequences) and got.sequences.shape[1] == prompt.shape[1] + new
         assert launched(recorders) - before >= new - 2  # of which the last one was for nothing
         same_cache(cache_of(got), cache_of(expected))
+        same_cache(copy.deepcopy(cache_of(got)), cache_of(expected))
         more = [
             m.generate(o.sequences, **{CACHE: cache_of(o)}, **OPTIONS) for m, o in ((model, got), (plain, expected))
         ]
@@ -103,7 +105,7 @@ def test_sampling_draws_what_it_draws_without(recorders: list[FakeRecorder]) -> 
     assert torch.equal(*drawn) and launched(recorders)
 
 
-@pytest.mark.parametrize("what", ["state", "crop"])
+@pytest.mark.parametrize("what", ["state", "copy", "crop"])
 def test_who_looks_at_the_cache_between_two_tokens(what: str, recorders: list[FakeRecorder]) -> None:
     model, prompt = make("linear-first"), ids()
     expected = stock_tokens(model, prompt)
@@ -117,6 +119,8 @@ def test_who_looks_at_the_cache_between_two_tokens(what: str, recorders: list[Fa
             layer = next((layer for layer in cache.layers if hasattr(layer, "current_state")), None)
             if layer is not None and layer.has_tokens and what == "state":
                 seen.append(layer.current_state())
+            if layer is not None and layer.has_tokens and what == "copy":
+                seen.append(copy.deepcopy(cache).layers[cache.layers.index(layer)].current_state())
 
         def end(self) -> None:
             if what == "crop":
@@ -124,7 +128,7 @@ def test_who_looks_at_the_cache_between_two_tokens(what: str, recorders: list[Fa
 
     got = model.generate(prompt, **{CACHE: cache}, streamer=Looks(), **OPTIONS)
     assert torch.equal(got, expected) and launched(recorders)
-    if what == "state":
+    if what != "crop":
         assert len(seen) >= 11 and not any(torch.equal(*pair) for pair in itertools.pairwise(seen))
     else:
         again = model.generate(got[:, :-2], **{CACHE: cache}, **OPTIONS | {"max_new_tokens": 2})
