@@ -1,4 +1,4 @@
-"""Put the results that are there into README's tables: nothing is timed.
+"""Put the results that are there into README's tables, and plots beside them: nothing is timed.
 
 python benchmarks/readme.py
 """
@@ -63,6 +63,12 @@ def fused(record: dict[str, Any]) -> str:
     return table(record["rows"], columns)
 
 
+# Plots beside the tables of a file: (plot, what it shows)
+PLOTS = {
+    "ops": ("ops-lengths", "Milliseconds over length, forward: ours, FLA, Lightning Attention's algorithm and softmax"),
+    "generate": ("generate", "Milliseconds a decoded token, with drafts, and of a prompt: ours, peers and the floor"),
+    "train": ("train", "Tokens a second in training: ours and peers"),
+}
 # (file, title, how)
 TABLES: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("ops", "The operator, forward and forward + backward", ops),
@@ -77,7 +83,7 @@ TABLES: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
 
 def readme(results: Path = RESULTS) -> str:
     """README.md with the tables of the results in place of those it holds."""
-    parts = []
+    parts, plots = [], dict(PLOTS)
     for name, title, make in TABLES:
         path = results / f"{name}.json"
         record = json.loads(path.read_text()) if path.exists() else None
@@ -87,6 +93,9 @@ def readme(results: Path = RESULTS) -> str:
             if "copy_bytes_per_second" in record:
                 where += f", copy {record['copy_bytes_per_second'] / 1e12:.2f} TB/s"
             parts += [f"{title} (`{name}.py`; {where}):", made]
+            plot, shows = plots.pop(name, ("", ""))
+            if plot and (results / f"{plot}.png").exists():
+                parts.append(f"![{shows}](benchmarks/results/{plot}.png)")
     before, rest = README.read_text().split(BEGIN)
     return before + "\n\n".join([BEGIN, *parts, END]) + rest.split(END, 1)[1]
 

@@ -62,22 +62,32 @@ def deepened(model: Any, times: int) -> Any:
 def drafts(device: str) -> Iterator[dict[str, Any]]:
     """The small trained model on a text that repeats itself: plain decoding and prompt lookup, the same tokens.
 
-    On a GPU also as the draft of a deeper model that writes the same, beside that model without it.
+    On a GPU also in bfloat16, and as the draft of a deeper model that writes the same, beside that model without it.
+    "same tokens": as plain decoding of the same model writes; in bfloat16 steps of several tokens round otherwise.
     """
     small, tokenizer = small_model()
     small = small.to(device)
     deep = patch_model(deepened(small, DEEPER)) if device == "cuda" else None
     model = patch_model(small)
-    clock = time.thread_time if device == "cpu" else time.perf_counter
-    ids, new = tokenizer(REPETITIVE * 4, return_tensors="pt").input_ids.to(device), 96
-    written = []
-    ways: dict[str, tuple[Any, dict[str, Any]]] = {
-        "plain": (model, {}),
-        "prompt lookup": (model, {"prompt_lookup_num_tokens": 7}),
-    }
+    ids = tokenizer(REPETITIVE * 4, return_tensors="pt").input_ids.to(device)
+    lookup = {"prompt_lookup_num_tokens": 7}
+    ways: dict[str, tuple[Any, dict[str, Any]]] = {"plain": (model, {}), "prompt lookup": (model, lookup)}
     if deep is not None:
-        ways |= {"deeper, plain": (deep, {}), "deeper, prompt lookup": (deep, ways["prompt lookup"][1])}
+        ways |= {"deeper, plain": (deep, {}), "deeper, prompt lookup": (deep, lookup)}
         ways |= {"deeper, with a draft": (deep, {"assistant_model": model})}
+    yield from _drafted(ways, ids, device, device)
+    if deep is not None:
+        model.bfloat16(), deep.bfloat16()  # patched before: decays stay as exact as they are
+        yield from _drafted(ways, ids, device, f"{device} bfloat16")
+
+
+def _drafted(
+    ways: dict[str, tuple[Any, dict[str, Any]]], ids: torch.Tensor, device: str, where: str
+) -> Iterator[dict[str, Any]]:
+    """A row for every way of decoding: a model, and arguments of its generate(). A model's plain way comes first."""
+    clock = time.thread_time if device == "cpu" else time.perf_counter
+    plain: dict[int, torch.Tensor] = {}
+    new = 96
     for name, (writer, arguments) in ways.items():
         forwards: list[int] = []
 
@@ -86,11 +96,12 @@ def drafts(device: str) -> Iterator[dict[str, Any]]:
 
         run()  # compiles and records what there is to
         handle = writer.lm_head.register_forward_hook(lambda *_, seen=forwards: seen.append(1))  # not recorded
-        written.append(run())
+        written = run()
         handle.remove()
         milliseconds = statistics.median(seconds(run, clock) for _ in range(5)) * 1e3 / new
-        row = {"what": f"drafts {name}, {device}", "ours ms": milliseconds}
-        row |= {"tokens per forward": new / len(forwards), "same tokens": bool(torch.equal(written[0], written[-1]))}
+        same = bool(torch.equal(written, plain.setdefault(id(writer), written)))
+        row = {"what": f"drafts {name}, {where}", "ours ms": milliseconds}
+        row |= {"tokens per forward": new / len(forwards), "same tokens": same}
         if device == "cuda":
             row["graphs"] = next(line for line in patch_report(writer).host if line.startswith("decode graphs"))
         print(row, flush=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .chunking import Chunking
 from .decay_factors import ChunkDecay, DecayFactors
 
-CHUNK = 64
+CHUNK = 32
 # Heads of a row are taken together while their states have at most this many numbers.
 STATE_NUMBERS = 1 << 16
 # Fewer numbers of k and v per token would leave a chunk's products smaller than the calls that start them.
