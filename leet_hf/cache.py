@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from leet_linear_attention import DecodeState
 
 from .shapes import CacheSpec, RecurrentShape
 from .taken import TakesBack, number_taken
-
-if TYPE_CHECKING:
-    from .recording import Running
 
 BUFFER = 16  # tokens between two updates of the base state in plain decoding
 WINDOW = 64  # tokens that can be taken back after a recorded forward, at least
@@ -46,7 +43,6 @@ class RecurrentLayer(TakesBack, LinearAttentionLayer, CacheLayerMixin):
         self.graph: Tensor | None = None  # the state with its autograd history, while gradients are recorded
         self.window, self.grows = WINDOW, False
         self.cumulative_length: Any = 0
-        self._held = 0  # tokens in the buffer: the host's copy of the device's counter
         self._since_crop: int | None = None  # None: no forward since recording began
 
     # What attend asks.
@@ -116,11 +112,6 @@ class RecurrentLayer(TakesBack, LinearAttentionLayer, CacheLayerMixin):
         self.graph = None
         self._held = self._held_beside(tokens) + tokens
         self._count(tokens)
-
-    def step_ahead(self, running: Running) -> None:
-        """Note a step by one token that was launched, and is taken back unless someone takes it off `taken`."""
-        self._held = self._held_beside(1)  # what it folds stays folded
-        self.taken, self.running = self.taken + 1, running
 
     def differentiable_state(self) -> Tensor | None:
         """The state to go on from while gradients are recorded: a tensor of its own, or None without tokens."""
@@ -285,13 +276,6 @@ class RecurrentLayer(TakesBack, LinearAttentionLayer, CacheLayerMixin):
         """After the state's tensors were made anew."""
         assert self.state is not None
         self.batch_size, self.graph, self.lent = self.state.base.shape[0], None, False
-
-    def _held_beside(self, tokens: int) -> int:
-        """How many of the tokens in the buffer are still there after a step by `tokens` more."""
-        state, held = self._state, self._held
-        assert state is not None
-        # As DecodeState folds: nothing while all fit, else all but those to be kept.
-        return held if held + tokens <= state.buffer else held - min(held, held + tokens - max(state.keep, tokens))
 
     def _count(self, tokens: int) -> None:
         self._set_length(self.cumulative_length + tokens)

@@ -20,12 +20,14 @@ class TakesBack:
 
     lent: whether the state is an arena's, which takes tokens back from all layers at once: `taken` notes how many.
     running: a step of the state that may be under way on another stream; one of `taken` is its token.
+    _held: tokens in the state's buffer but `taken`, the host's copy of the device's counter.
     """
 
     _state: DecodeState | None = None
     lent = False
     taken = 0
     running: Running | None = None
+    _held = 0
 
     @property
     def state(self) -> DecodeState | None:
@@ -42,6 +44,18 @@ class TakesBack:
         self.taken += tokens
         if not self.lent:
             self.settle()
+
+    def step_ahead(self, running: Running) -> None:
+        """Note a step by one token that was launched, and is taken back unless someone takes it off `taken`."""
+        self._held = self._held_beside(1)  # what it folds stays folded
+        self.taken, self.running = self.taken + 1, running
+
+    def _held_beside(self, tokens: int) -> int:
+        """How many of the tokens in the buffer are still there after a step by `tokens` more."""
+        state, held = self._state, self._held
+        assert state is not None
+        # As DecodeState folds: nothing while all fit, else all but those to be kept.
+        return held if held + tokens <= state.buffer else held - min(held, held + tokens - max(state.keep, tokens))
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles get: a step that is under way can not be copied, so its token is taken back."""
