@@ -1,10 +1,10 @@
 """Steps that are launched before generate() asks for them, so that the device has work while the host decides.
 
 After every token the loop of `generate()` waits for the device to say whether all rows have ended, then prepares the
-next forward: 0.3 to 0.6 ms in which the device would do nothing. The step of the token just chosen is therefore
-launched beside the loop's stream before that question; the forward that follows finds it under way. If the loop ends
-instead, the step is one token that every layer takes back, as after a crop. Nothing else is done ahead: logits
-processors, sampling and criteria see what they always see.
+next forward: tenths of a millisecond in which the device would do nothing. The step of the token just chosen is
+therefore launched beside the loop's stream before that question; the forward that follows finds it under way. If the
+loop ends instead, the step is one token that every layer takes back, as after a crop. Nothing else is done ahead:
+logits processors, sampling and criteria see what they always see.
 """
 
 from __future__ import annotations

@@ -69,15 +69,14 @@ def backward(
     wanted = initial_state is not None
     segments, dinitial = values.segments(passes[1], dfinal, wanted)
     # The three passes read nothing of one another (but for terms), so that the next begins where one leaves processors
-    # idle. Segments come with states that are given back when their pass was launched.
-    alone = queries.cut.number == values.cut.number == 1
-    dv, last = values.run(passes[1], dfinal, final=wanted, segments=segments, beside=terms is None and alone)
+    # idle. Segments come with launches of their own, and with states that are given back when their pass was launched.
+    beside = terms is None and queries.cut.number == values.cut.number == 1
+    dv, last = values.run(passes[1], dfinal, final=wanted, segments=segments, beside=beside)
     dv = sum_groups(dv, v.shape[2])  # one gradient per state head lives at a time
     dinitial = last if dinitial is None else dinitial
     dk, _ = keys.run(
-        passes[2], dfinal, segments=segments, chunk_states=chunk_states, terms=terms, scores=scores,
-        beside=terms is None,
-    )  # fmt: skip
+        passes[2], dfinal, segments=segments, chunk_states=chunk_states, terms=terms, scores=scores, beside=beside
+    )
     if dinitial is not None:
         dinitial *= scale
     dlog_decay = None
