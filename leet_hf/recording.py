@@ -62,7 +62,7 @@ class _CudaRunning:
         self._done, self.output = done, output
 
     def wait(self) -> None:
-        self._done.wait()
+        self._done.wait(torch.cuda.current_stream(self.output.device))  # the current device may be another
 
 
 class _CudaGraph:

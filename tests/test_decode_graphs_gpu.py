@@ -174,6 +174,15 @@ def test_steps_launched_ahead_leave_no_trace(kind: str) -> None:
     assert recordings(model), reason(model)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_another_device_than_the_current_one() -> None:
+    model, prompt = patch_model(tiny.model().to("cuda:1")), ids(2).to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    for _ in range(5):
+        same_tokens(model, prompt)
+    assert recordings(model), reason(model)
+
+
 def test_padding_and_eager_attention() -> None:
     prompt, mask = ids(2, 14), torch.ones(2, 14, dtype=torch.int64, device="cuda")
     mask[0, :5] = 0
