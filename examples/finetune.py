@@ -3,7 +3,7 @@
     pip install -e ".[examples]"
     python examples/finetune.py --smoke                  # the whole path, on a CPU too
     python examples/finetune.py --model FOLDER --text book.txt --output tuned
-    accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/finetune.py    # several GPUs
+    accelerate launch --config_file examples/accelerate/ddp.yaml examples/finetune.py    # several GPUs
 
 Started again, it goes on from its last checkpoint. The output folder then holds model/ (a stock Transformers
 checkpoint), loss.png and summary.json.

@@ -9,7 +9,7 @@ trained on it. The output folder holds a stock Transformers checkpoint (no remot
 the loss curve and a summary in JSON. A run that was stopped goes on from its last epoch when it is started again, bit
 for bit. The loop is plain `accelerate`: bfloat16 on a GPU, --accumulation, and several processes with
 
-    accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/train_from_scratch.py
+    accelerate launch --config_file examples/accelerate/ddp.yaml examples/train_from_scratch.py
 
 Measured: --smoke takes 26 s of processor time on one thread (imports included) and ends at 4.40 nats per token held
 out; what the real setting took and gave is in the model's card, examples/assets/kjv-minimax/README.md. Its first two

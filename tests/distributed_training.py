@@ -1,6 +1,6 @@
 """A few steps of a tiny patched model in several processes, by DDP and by FSDP2, to be compared with one process.
 
-accelerate launch --config_file examples/accelerate_configs/ddp.yaml tests/distributed_training.py FOLDER
+accelerate launch --config_file examples/accelerate/ddp.yaml tests/distributed_training.py FOLDER
 
 With ddp.yaml it trains by accelerate's DDP, then by PyTorch's own fully_shard; with fsdp2.yaml, which needs GPUs, by
 accelerate's FSDP2.

@@ -1,4 +1,4 @@
-"""Several processes (gloo; NCCL on GPUs) train as one, launched with the configs in examples/accelerate_configs/."""
+"""Several processes (gloo; NCCL on GPUs) train as one, launched with the configs in examples/accelerate/."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import finetune
 from leet_hf.modes.truth import relative_error
 from scripts import EXAMPLES, ROOT, run, save_small
 
-CONFIGS = EXAMPLES / "accelerate_configs"
+CONFIGS = EXAMPLES / "accelerate"
 
 
 def launch(config: str, script: Path, *arguments: object, devices: str = "") -> str:
