@@ -20,10 +20,9 @@ from transformers import GenerationMixin
 from transformers.generation import StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
-from .cache import RecurrentLayer
+from .upgrade import recurrent_layers
 
 if TYPE_CHECKING:
-    from .arena import Arena
     from .decoding import Decoding
     from .recording import Running
     from .step import Step
@@ -48,7 +47,7 @@ class Ahead:
         length = int(cache.get_seq_length())
         if step.recorded is None or ids.shape != step.ids.shape or (step.window and length >= step.window):
             return None
-        layers = [layer for layer in cache.layers if isinstance(layer, RecurrentLayer)]
+        layers = recurrent_layers(cache)
         for layer in layers:
             if layer.record_past or layer.taken:
                 return None
@@ -58,21 +57,21 @@ class Ahead:
             layer.step_ahead(running)
         return cls(step, cache, length, running)
 
-    def result(self, cache: Any, ids: Tensor, mask: Tensor | None, arena: Arena | None) -> Tensor | None:
-        """Last hidden states [B, 1, hidden] if this is the step that is asked for now, counted; else None."""
-        same = (
-            cache is self.cache and arena is self.step.arena and arena.has(cache) and ids.shape == self.step.ids.shape
-        )
-        if not same or int(cache.get_seq_length()) != self.length:
-            return None
+    def is_asked_for(self, cache: Any, ids: Tensor, mask: Tensor | None) -> bool:
+        """Whether this is the step of tokens ids [B, T] after a cache; then its token is no longer to be taken back.
+
+        The cache must have the tensors of the step.
+        """
+        if cache is not self.cache or ids.shape != self.step.ids.shape or int(cache.get_seq_length()) != self.length:
+            return False
         if self.step.padded and (mask is None or mask.shape != (ids.shape[0], self.length + 1)):
-            return None
-        layers = [layer for layer in cache.layers if isinstance(layer, RecurrentLayer)]
+            return False
+        layers = recurrent_layers(cache)
         if any(layer.taken != 1 for layer in layers):
-            return None  # someone has looked at the state, or taken back more
+            return False  # someone has looked at the state, or taken back more
         for layer in layers:
             layer.taken, layer.running = 0, None
-        return self.running.output
+        return True
 
     def take_back(self) -> None:
         """Take its token back from a cache that goes on without it."""

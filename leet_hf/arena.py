@@ -17,6 +17,7 @@ from leet_linear_attention import DecodeState
 from .cache import RecurrentLayer, lasting_tensors
 from .growing import GrowingLayer
 from .shapes import CacheSpec, RecurrentShape
+from .upgrade import recurrent_layers
 
 TENSORS = ("base", "keys", "values", "log_decays", "cursor")  # of a DecodeState
 
@@ -98,7 +99,7 @@ class Arena:
 
     def settle(self, cache: Any) -> None:
         """Take back what the cache that is bound has noted since the last step: of all layers in one launch."""
-        layers = [layer for layer in cache.layers if isinstance(layer, RecurrentLayer)]
+        layers = recurrent_layers(cache)
         taken = {layer.taken for layer in layers}
         if len(taken) > 1:
             for layer in layers:
@@ -135,7 +136,7 @@ class Arena:
 
 def key_of(cache: Any) -> tuple[Any, ...]:
     """What a cache and an arena must have in common: rows, and what the states' tensors look like."""
-    states: list[Any] = [layer.state for layer in cache.layers if isinstance(layer, RecurrentLayer)]
+    states: list[Any] = [layer.state for layer in recurrent_layers(cache)]
     first = states[0]
     sizes = {(state.buffer, state.keep, state.base.shape, state.keys.shape, state.values.shape) for state in states}
     return (first.base.shape[0], first.keys.dtype, first.base.device, frozenset(sizes))

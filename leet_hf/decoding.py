@@ -142,10 +142,9 @@ class Decoding:
         ids, mask = arguments["input_ids"], arguments.get("attention_mask")
         rows, tokens = ids.shape
         with self.lock:
+            if ahead is not None and self.holds(granted, ahead.step, cache) and ahead.is_asked_for(cache, ids, mask):
+                return self._counted(ahead.step, cache, ahead.running.output, granted)
             arena = self._current
-            hidden = None if ahead is None else ahead.result(cache, ids, mask, arena)
-            if ahead is not None and hidden is not None:
-                return self._counted(ahead.step, cache, hidden, granted)
             bound = arena is not None and arena.has(cache) and tokens <= arena.most
             if not bound and not fits(cache, ids):
                 return forward(base, **arguments)
