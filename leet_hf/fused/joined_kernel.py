@@ -17,15 +17,19 @@ from .glu_kernel import activated
 
 
 @triton.jit
-def _one_row(x_ptr, w_ptr, n, N, first, D: tl.constexpr, BD: tl.constexpr):
-    """The single row x [D] times rows n of a weight [N, D], of whose first tile `first` has been read: float32 [BN].
+def _tile(tile, N, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    """(rows n [BN] of a weight [N, D], places d [BD] in a row, which rows there are [BN, 1], their offsets [BN, 1])."""
+    n = tile * BN + tl.arange(0, BN)
+    return n, tl.arange(0, BD), (n < N)[:, None], n.to(tl.int64)[:, None] * D
+
+
+@triton.jit
+def _one_row(x_ptr, w_rows, d, mask_n, first, D: tl.constexpr, BD: tl.constexpr):
+    """The single row x [D] times a weight's rows at w_rows, of whose first tile `first` has been read: float32 [BN].
 
     Not by the matrix units: a tile goes from the memory to registers, and the next is on its way meanwhile.
     """
-    d = tl.arange(0, BD)
-    w_rows = w_ptr + n.to(tl.int64)[:, None] * D
-    mask_n = (n < N)[:, None]
-    total = tl.zeros(n.shape, dtype=tl.float32)
+    total = tl.zeros((first.shape[0],), dtype=tl.float32)
     w = first
     for d0 in range(0, D, BD):
         x = tl.load(x_ptr + d0 + d, mask=d0 + d < D, other=0.0).to(tl.float32)
@@ -40,15 +44,13 @@ def _some_columns(
     x_ptr, w_ptr, out_ptr, tile, T, N,
     D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    n = tile * BN + tl.arange(0, BN)
-    d = tl.arange(0, BD)
-    mask_n = (n < N)[:, None]
-    w_rows = w_ptr + n.to(tl.int64)[:, None] * D
+    n, d, mask_n, rows = _tile(tile, N, D, BN, BD)
+    w_rows = w_ptr + rows
     if BT == 1:
         first = tl.load(w_rows + d[None, :], mask=mask_n & (d < D)[None, :], other=0.0)
         if OVERLAP:
             gdc_wait()
-        row = _one_row(x_ptr, w_ptr, n, N, first, D, BD)
+        row = _one_row(x_ptr, w_rows, d, mask_n, first, D, BD)
         if OVERLAP:
             gdc_launch_dependents()
         tl.store(out_ptr + n, row.to(out_ptr.dtype.element_ty), mask=n < N)
@@ -99,10 +101,7 @@ def gated_pair_kernel(
 ):  # fmt: skip
     """x [T, D] times the weights gate and up [N, D] transposed, to their outs [T, N], and act(gate) * up of those, as
     they were rounded, to out [T, N]. Grid (tiles of N,)."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    d = tl.arange(0, BD)
-    mask_n = (n < N)[:, None]
-    rows = n.to(tl.int64)[:, None] * D
+    n, d, mask_n, rows = _tile(tl.program_id(0), N, D, BN, BD)
     kind = out_ptr.dtype.element_ty
     if BT == 1:
         mask = mask_n & (d < D)[None, :]
@@ -110,8 +109,8 @@ def gated_pair_kernel(
         up_first = tl.load(up_ptr + rows + d[None, :], mask=mask, other=0.0)
         if OVERLAP:
             gdc_wait()
-        gate = _one_row(x_ptr, gate_ptr, n, N, gate_first, D, BD).to(kind)
-        up = _one_row(x_ptr, up_ptr, n, N, up_first, D, BD).to(kind)
+        gate = _one_row(x_ptr, gate_ptr + rows, d, mask_n, gate_first, D, BD).to(kind)
+        up = _one_row(x_ptr, up_ptr + rows, d, mask_n, up_first, D, BD).to(kind)
         at = n
         mask_out = n < N
     else:

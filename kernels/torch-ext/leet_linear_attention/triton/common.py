@@ -1,4 +1,4 @@
-"""Pieces the kernels share: matrix products of narrow operands, decays summed over a run of tokens, overlapping."""
+"""Pieces the kernels share: products of narrow operands, decays summed over tokens, addresses, overlapping."""
 
 from __future__ import annotations
 
@@ -72,6 +72,15 @@ def decayed(S, g):
     high = exact.to(tl.float32)
     low = (exact - high.to(tl.float64)).to(tl.float32)
     return S * high + S * low
+
+
+@triton.jit
+def token_of(ptr, i_b, t, i_h, group, sb, st, sh, ALIGN: tl.constexpr):
+    """Where token ``t`` of row ``i_b`` and state head ``i_h`` lies, of a tensor [B, T, H / group, D].
+
+    sb and sh are its strides over ALIGN, st is its stride of tokens.
+    """
+    return ptr + (i_b * sb * ALIGN + t * st + (i_h // group) * sh * ALIGN)
 
 
 @triton.jit

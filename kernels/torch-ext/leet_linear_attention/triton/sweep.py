@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .common import decayed, dot, dot_scaled, factors, narrow_dot
+from .common import decayed, dot, dot_scaled, factors, narrow_dot, token_of
 from .decay_gradient import chunk_terms
 
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
@@ -95,14 +95,14 @@ def sweep_kernel(
     sbt *= ALIGN
     sct *= ALIGN
     sdt *= ALIGN
-    a_ptr += i_b * sab * ALIGN + bos * sat + (i_h // group_a) * sah * ALIGN
-    b_ptr += i_b * sbb * ALIGN + bos * sbt + (i_h // group_b) * sbh * ALIGN
-    c_ptr += i_b * scb * ALIGN + bos * sct + (i_h // group_c) * sch * ALIGN
+    a_ptr = token_of(a_ptr, i_b, bos, i_h, group_a, sab, sat, sah, ALIGN)
+    b_ptr = token_of(b_ptr, i_b, bos, i_h, group_b, sbb, sbt, sbh, ALIGN)
+    c_ptr = token_of(c_ptr, i_b, bos, i_h, group_c, scb, sct, sch, ALIGN)
     row = (i_b * T + bos) * H + i_h  # of out, [B, T, H, Y] contiguous
     if HAS_OUT:
         out_ptr += (i_x.to(tl.int64) * rows * H + row) * Y
     if HAS_TERMS:
-        d_ptr += i_b * sdb * ALIGN + bos * sdt + (i_h // group_d) * sdh * ALIGN
+        d_ptr = token_of(d_ptr, i_b, bos, i_h, group_d, sdb, sdt, sdh, ALIGN)
         terms_ptr += i_tile.to(tl.int64) * rows * H + row
     if DECAY == 2:
         g_ptr += i_b * sgb + bos * sgt + (i_h // group_g) * sgh

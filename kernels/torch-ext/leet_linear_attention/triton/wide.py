@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import dot
+from .common import dot, token_of
 
 
 @triton.jit(
@@ -45,8 +45,8 @@ def scores_kernel(
     # Strides come divided by ALIGN: the product tells the compiler that loads may be 16 bytes wide.
     sat *= ALIGN
     sbt *= ALIGN
-    a_ptr += i_n * sab * ALIGN + t0 * sat + (i_h // group_a) * sah * ALIGN
-    b_ptr += i_n * sbb * ALIGN + t0 * sbt + (i_h // group_b) * sbh * ALIGN
+    a_ptr = token_of(a_ptr, i_n, t0, i_h, group_a, sab, sat, sah, ALIGN)
+    b_ptr = token_of(b_ptr, i_n, t0, i_h, group_b, sbb, sbt, sbh, ALIGN)
     r = tl.arange(0, C)
     x = tl.program_id(1) * BX + tl.arange(0, BX)
     mask = (r < T - t0)[:, None] & (x < X)[None, :]
@@ -98,9 +98,9 @@ def wide_kernel(
     sat *= ALIGN
     sbt *= ALIGN
     sct *= ALIGN
-    a_ptr += i_n * sab * ALIGN + (i_h // group_a) * sah * ALIGN
-    b_ptr += i_n * sbb * ALIGN + (i_h // group_b) * sbh * ALIGN
-    c_ptr += i_n * scb * ALIGN + (i_h // group_c) * sch * ALIGN
+    a_ptr = token_of(a_ptr, i_n, 0, i_h, group_a, sab, sat, sah, ALIGN)
+    b_ptr = token_of(b_ptr, i_n, 0, i_h, group_b, sbb, sbt, sbh, ALIGN)
+    c_ptr = token_of(c_ptr, i_n, 0, i_h, group_c, scb, sct, sch, ALIGN)
     out_ptr += (i_x.to(tl.int64) * rows * H + i_n * T * H + i_h) * Y
     i_first = (i_x * (tl.num_programs(0) // TILES // n_segments) + i_nh) * tl.cdiv(T, C)  # chunk of the sequence
     scores_ptr += i_first * (C * C)
