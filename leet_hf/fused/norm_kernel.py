@@ -11,21 +11,22 @@ from leet_linear_attention.triton.launch import Plans, form_of
 from leet_linear_attention.triton.launcher import Launch, Launcher, device_index
 from leet_linear_attention.triton.tuning import blocks, processors
 
+from .glu_kernel import activated
+
 NONE, LINEAR, SIGMOID, SILU = (tl.constexpr(kind) for kind in range(4))
 GATES = {"linear": 1, "sigmoid": 2, "silu": 3}  # 0: there is none
 
 
 @triton.jit
-def activated(x, GATE: tl.constexpr):
+def gated(x, GATE: tl.constexpr):
     """(act(x), its derivative) of a float32 gate."""
     if GATE == LINEAR:
         return x, tl.full(x.shape, 1.0, tl.float32)
-    else:
+    elif GATE == SIGMOID:
         below = 1.0 / (1.0 + tl.exp(-x))
-        if GATE == SIGMOID:
-            return below, below * (1.0 - below)
-        else:
-            return x * below, below * (1.0 + x * (1.0 - below))
+        return below, below * (1.0 - below)
+    else:
+        return activated(x, False)
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def norm_kernel(
         y = weighted(y, w, x_ptr, w_ptr, EACH)
     if GATE != NONE:
         gate = tl.load(gate_ptr + row * stride_gate * ALIGN + i, mask=mask, other=0.0).to(tl.float32)
-        act, _ = activated(gate, GATE)
+        act, _ = gated(gate, GATE)
         y = y * rounded(act, gate_ptr, EACH)
     tl.store(out_ptr + row * D + i, y.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -107,7 +108,7 @@ def norm_backward_kernel(
         normed = x * scale
         if GATE != NONE:
             gate = tl.load(gate_ptr + row * stride_gate * ALIGN + i, mask=mask, other=0.0).to(tl.float32)
-            act, slope = activated(gate, GATE)
+            act, slope = gated(gate, GATE)
             if dgate_ptr is not None:
                 y = rounded(normed, x_ptr, EACH)
                 if w_ptr is not None:
