@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 MOE = "transformers.integrations.moe"  # where the decorator and what it gives a class are defined
 _OTHER_FORMS = ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
@@ -23,3 +27,16 @@ def has_default_gate(experts: nn.Module) -> bool:
     """Whether their class gates as Transformers does unless told otherwise: act(gate) * up of [gate | up]."""
     gate = getattr(type(experts), "_apply_gate", None)
     return getattr(gate, "__module__", None) == MOE and experts.__dict__.get("has_gate", False)
+
+
+def may_stand_in(experts: Any, top_k_index: Tensor, implementations: Collection[str], device_type: str) -> bool:
+    """Whether another forward may stand for one of these implementations of plain experts.
+
+    Any other implementation, "eager" too, is somebody's choice.
+    """
+    return (
+        is_plain(experts)
+        and experts.config._experts_implementation in implementations
+        and type(top_k_index) is Tensor
+        and not torch.is_autocast_enabled(device_type)
+    )

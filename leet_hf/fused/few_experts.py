@@ -12,15 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .expert_form import is_plain
+from .expert_form import may_stand_in
 
-# What the products stand for. Any other implementation, "eager" too, is somebody's choice.
 STANDS_FOR = ("grouped_mm", "batched_mm")
 
 
 def serves(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> bool:
     """Whether this is one token in float32 on a CPU, without gradients, and nothing watches or changes the call."""
-    if torch.compiler.is_compiling() or hidden_states.shape[:-1] != (1,) or not is_plain(experts):
+    if hidden_states.shape[:-1] != (1,) or not may_stand_in(experts, top_k_index, STANDS_FOR, "cpu"):
         return False
     weights = experts._parameters
     tensors = (hidden_states, top_k_weights, weights["gate_up_proj"], weights["down_proj"])
@@ -29,12 +28,9 @@ def serves(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
             return False
     return (
         not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-        and type(top_k_index) is Tensor
-        and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and experts.config._experts_implementation in STANDS_FOR
     )
 
 

@@ -13,22 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .expert_form import is_plain
+from .expert_form import may_stand_in
 from .route import route
 
-STANDS_FOR = "grouped_mm"  # any other implementation is somebody's choice
+STANDS_FOR = ("grouped_mm",)
 
 
 def serves(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> bool:
-    """Whether `many_tokens` stands for the host's forward of these experts and tokens on a GPU, in eager mode."""
-    if not hidden_states.is_cuda or torch.compiler.is_compiling() or not is_plain(experts):
+    """Whether `many_tokens` stands for the host's forward of these experts and tokens on a GPU."""
+    if not hidden_states.is_cuda or not may_stand_in(experts, top_k_index, STANDS_FOR, "cuda"):
         return False
     if not experts.__dict__.get("is_concatenated", False):
         return False
     into_up, into_down = experts._parameters["gate_up_proj"], experts._parameters["down_proj"]
-    if torch.is_autocast_enabled("cuda") or experts.config._experts_implementation != STANDS_FOR:
-        return False
-    if type(top_k_index) is not Tensor or hidden_states.dim() != 2 or top_k_weights.shape != top_k_index.shape:
+    if hidden_states.dim() != 2 or top_k_weights.shape != top_k_index.shape:
         return False
     if not top_k_index.numel() or hidden_states.dtype != into_up.dtype:
         return False
