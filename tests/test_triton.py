@@ -24,7 +24,7 @@ LIMIT = TOLERANCE if COMPILED else {**TOLERANCE, torch.bfloat16: 1.5e-2}
 
 
 def check(found: dict[str, float], dtype: torch.dtype) -> None:
-    """Errors within `LIMIT`; compiled in bfloat16 twice that for log_decay's gradient: few sums, in which most cancels."""
+    """Errors within `LIMIT`; in compiled bfloat16 twice that for log_decay's gradient: few sums that mostly cancel."""
     double = {"dlog_decay"} if COMPILED and dtype == torch.bfloat16 else set()
     wrong = {name: e for name, e in found.items() if not e <= LIMIT[dtype] * (2 if name in double else 1)}
     assert not wrong, wrong
