@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import GenerationMixin
-from transformers.generation import StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
 from .upgrade import recurrent_layers
@@ -25,10 +25,18 @@ from .upgrade import recurrent_layers
 if TYPE_CHECKING:
     from .decoding import Decoding
     from .recording import Running
+    from .rounds import Verified
     from .step import Step
 
+PASS = "leet_decoding"  # the keyword by which generate() of an admitted call reaches the base model's forward
+
 # What decides which forward follows a token: where a model has its own, it may be another.
-_DECIDING = ("_sample", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+_DECIDING = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+_LOOPS = {
+    GenerationMode.GREEDY_SEARCH: "_sample",
+    GenerationMode.SAMPLE: "_sample",
+    GenerationMode.ASSISTED_GENERATION: "_assisted_decoding",
+}
 _LOOP = GenerationMixin._sample.__code__
 
 
@@ -66,12 +74,7 @@ class Ahead:
             return False
         if self.step.padded and (mask is None or mask.shape != (ids.shape[0], self.length + 1)):
             return False
-        layers = recurrent_layers(cache)
-        if any(layer.taken != 1 for layer in layers):
-            return False  # someone has looked at the state, or taken back more
-        for layer in layers:
-            layer.taken, layer.running = 0, None
-        return True
+        return asked_again(cache, 1, noted=1)
 
     def take_back(self) -> None:
         """Take its token back from a cache that goes on without it."""
@@ -79,17 +82,32 @@ class Ahead:
             self.step.arena.settle(self.cache)
 
 
+def asked_again(cache: Any, tokens: int, noted: int) -> bool:
+    """Whether all layers of a cache are to take back `noted` tokens; then the first `tokens` of them stay after all."""
+    layers = recurrent_layers(cache)
+    if any(layer.taken != noted for layer in layers):
+        return False  # someone has looked at the state, or taken back more
+    for layer in layers:
+        layer.taken, layer.running = noted - tokens, None
+    return True
+
+
 class Pass:
     """One generate() call's right to recorded steps. It lives as long as the call, which is how its end is known.
 
     masked: how many tokens its attention mask said something about; those that follow are no pads. most: how many
-    tokens its cache may come to hold by steps that are launched ahead; 0: none is. last: the recorded step that the
-    last forward was, with its cache, if it was one.
+    tokens its cache may come to hold by steps that are launched ahead; 0: none is. bounds: (most tokens of the text,
+    tokens that end it), if nothing else ends a text of assisted decoding. last: the recorded step that the last forward
+    was, with its cache, if it was one; hidden_states: what that forward returned, [B, T, hidden]. verified: tokens that
+    were run before transformers' loop asks for them.
     """
 
     def __init__(self, decoding: Decoding, masked: int) -> None:
         self.decoding, self.masked, self.most = decoding, masked, 0
+        self.bounds: tuple[int, frozenset[int]] | None = None
         self.last: tuple[Step, Any] | None = None
+        self.hidden_states: Tensor | None = None
+        self.verified: Verified | None = None
         self._ahead: Ahead | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pass:
@@ -128,16 +146,17 @@ _admitted = _Admitted()
 
 
 def let_go_ahead(granted: Pass, model: Any, config: Any, mode: GenerationMode, most: int) -> None:
-    """Let a generate() call launch steps ahead, if its loop is the one whose next forward is known.
+    """Let a generate() call run what its loop will ask for next, if that loop is one whose next forward is known.
 
     most: tokens that its cache will hold in the end, if no row ends before.
     """
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or config.is_assistant:
+    loop = _LOOPS.get(mode)
+    if loop is None or config.is_assistant:
         return
-    for name in _DECIDING:
+    for name in (loop, *_DECIDING):
         if name in model.__dict__ or getattr(type(model), name) is not getattr(GenerationMixin, name):
             return
-    granted.most = most
+    granted.most = 0 if mode == GenerationMode.ASSISTED_GENERATION else most
     _admitted.granted, _admitted.config = weakref.ref(granted), weakref.ref(config)
 
 
@@ -146,7 +165,24 @@ def going_ahead(criteria: StoppingCriteriaList, config: Any) -> StoppingCriteria
     granted = None if _admitted.granted is None else _admitted.granted()
     if granted is None or _admitted.config is None or _admitted.config() is not config:
         return criteria
+    if granted.most == 0:
+        granted.bounds = _bounds(criteria)
+        return criteria
     return _Criteria(criteria, granted)
+
+
+def _bounds(criteria: StoppingCriteriaList) -> tuple[int, frozenset[int]] | None:
+    """(most tokens of a text, tokens that end it); None where something else may end it, or nothing does."""
+    longest: list[int] = []
+    ends: set[int] = set()
+    for each in criteria:
+        if type(each) is MaxLengthCriteria:
+            longest.append(int(each.max_length))
+        elif type(each) is EosTokenCriteria:
+            ends.update(each.eos_token_id.flatten().tolist())
+        else:
+            return None
+    return (min(longest), frozenset(ends)) if longest else None
 
 
 class _Criteria(StoppingCriteriaList):

@@ -17,16 +17,15 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from .ahead import Pass
+from .ahead import PASS, Pass
 from .arena import Arena, key_of
 from .cache import RecurrentLayer
 from .growing import LEAST, GrowingLayer
-from .obstacles import cache_obstacle, fits, obstacle, serves, state_of
+from .obstacles import MOST_TOKENS, cache_obstacle, fits, obstacle, serves, state_of
 from .recording import Recorder, recorder_for
 from .step import Step
 from .versions import cache_argument
 
-PASS = "leet_decoding"  # the keyword by which generate() of an admitted call reaches the base model's forward
 MOST_BYTES = 200 << 20  # of all recordings of a model
 KEPT_SHARE = 1 / 8  # of the device's memory, for states and keys kept between calls
 
@@ -136,7 +135,9 @@ class Decoding:
         """What `forward(base, **arguments)` returns, by a recorded step where these arguments allow it."""
         cache = cache_argument(arguments.get("past_key_values"), arguments.get("cache"))
         ahead, granted.last = granted.arrived(), None
-        if not serves(base, cache, arguments):
+        verified, granted.verified = granted.verified, None
+        most = MOST_TOKENS if verified is None else max(MOST_TOKENS, verified.tokens)
+        if not serves(base, cache, arguments, most):
             return forward(base, **arguments)
         # Everything below runs between two replays: what is asked of every layer every time is kept to a minimum.
         ids, mask = arguments["input_ids"], arguments.get("attention_mask")
@@ -144,6 +145,11 @@ class Decoding:
         with self.lock:
             if ahead is not None and self.holds(granted, ahead.step, cache) and ahead.is_asked_for(cache, ids, mask):
                 return self._counted(ahead.step, cache, ahead.running.output, granted)
+            if verified is not None and self.holds(granted, verified.step, cache):
+                if verified.is_asked_for(cache, ids, mask):
+                    return self._counted(verified.step, cache, verified.hidden_states, granted)
+                if tokens > MOST_TOKENS:
+                    return forward(base, **arguments)
             arena = self._current
             bound = arena is not None and arena.has(cache) and tokens <= arena.most
             if not bound and not fits(cache, ids):
@@ -170,7 +176,8 @@ class Decoding:
 
     def _counted(self, step: Step, cache: Any, hidden: torch.Tensor, granted: Pass) -> Any:
         """The output of a step that has run, which the layers of the cache count."""
-        output = step.output(hidden.clone(), cache)
+        granted.hidden_states = hidden.clone()
+        output = step.output(granted.hidden_states, cache)
         for layer in cache.layers:
             (layer.count_step if isinstance(layer, RecurrentLayer) else layer.advance)(hidden.shape[1])
         granted.last = step, cache

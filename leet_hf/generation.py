@@ -10,14 +10,15 @@ from typing import Any
 from torch import nn
 from transformers import Cache
 
-from .ahead import going_ahead, let_go_ahead
+from .ahead import PASS, going_ahead, let_go_ahead
 from .cache import SLACK
-from .decoding import PASS, Decoding
+from .decoding import Decoding
 from .fused.loss import install_loss, restore_loss
 from .host import HostBinding, masks_by_kind
 from .hosts.remote import kinds_of
 from .lookup import searching_on_the_host
 from .module import recurrent_modules
+from .rounds import in_rounds
 from .shapes import CacheSpec
 from .slots import has_entry, install_forward, restore_forward
 from .upgrade import layers_counted, recurrent_layers, upgrade, upgrade_layer
@@ -111,8 +112,9 @@ class RecurrentGeneration:
         return going_ahead(criteria, generation_config)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = _without_pass(kwargs)
-        return _expected(super()._get_candidate_generator(*args, **kwargs), kwargs)  # type: ignore[misc]
+        own = _without_pass(kwargs)
+        generator = super()._get_candidate_generator(*args, **own)  # type: ignore[misc]
+        return in_rounds(_expected(generator, own), self, kwargs)
 
 
 def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -161,11 +163,11 @@ def _masks_for_generate(model: Any, **kwargs: Any) -> Any:
 
 def _candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Transformers' own candidate generator; the cache learns how many candidates may be taken back at once."""
-    kwargs = _without_pass(kwargs)
-    generator = _expected(type(model)._get_candidate_generator(model, *args, **kwargs), kwargs)
+    own = _without_pass(kwargs)
+    generator = _expected(type(model)._get_candidate_generator(model, *args, **own), own)
     if not hasattr(model.config, "num_hidden_layers"):  # early exit lowers it for the draft, and puts it back
         generator.get_candidates = functools.partial(_counted, model, generator.get_candidates)
-    return generator
+    return in_rounds(generator, model, kwargs)
 
 
 def _counted(model: Any, get_candidates: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

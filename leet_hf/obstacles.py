@@ -119,13 +119,13 @@ def cache_obstacle(cache: Any, spec: Any) -> str | None:
     return None
 
 
-def serves(base: Any, cache: Any, arguments: dict[str, Any]) -> bool:
+def serves(base: Any, cache: Any, arguments: dict[str, Any], most: int = MOST_TOKENS) -> bool:
     """Whether a forward is one that steps are recorded for: a few tokens after others, nothing out of the ordinary."""
     ids, positions, mask = (arguments.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
     if ids is None or positions is None or cache is None or torch.is_grad_enabled() or base.training:
         return False
     tokens = ids.shape[1]
-    if not 1 <= tokens <= MOST_TOKENS or positions.dim() != 2 or positions.shape[1] != tokens:
+    if not 1 <= tokens <= most or positions.dim() != 2 or positions.shape[1] != tokens:
         return False
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
         return False

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer
 
 import tiny
 import tiny_retnet
@@ -17,9 +17,11 @@ from leet_hf import load_cache, patch_model, patch_report, save_cache
 from leet_hf.decoding import MOST_BYTES
 from leet_hf.experts import experts_set_to
 from leet_hf.modes import Truth, check, modes
+from leet_hf.modes.helpers import perturbed
 from leet_hf.modes.truth import relative_error
 from leet_hf.versions import CACHE, cache_of
 from test_decode_graphs_ahead import StopAfter
+from test_decode_graphs_rounds import asked_for
 from test_streaming import Words
 
 pytestmark = pytest.mark.gpu
@@ -30,6 +32,7 @@ RECORDED = [
     "assisted-as-draft", "prompt-lookup", "early-exit",
 ]  # fmt: skip
 OPTIONS: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
+DRAFTED = ("prompt_lookup_num_tokens", "assistant_model")  # what changes how a text is written, not which
 SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
 
 
@@ -60,6 +63,8 @@ def reason(model: Any) -> str:
 def same_tokens(model: Any, prompt: torch.Tensor, **options: Any) -> None:
     options = OPTIONS | options
     got = model.generate(prompt, **options)
+    for name in DRAFTED:
+        options.pop(name, None)
     assert torch.equal(got, plain(model).generate(prompt, **options))
 
 
@@ -175,6 +180,23 @@ def test_steps_launched_ahead_leave_no_trace(kind: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("draft", [False, True], ids=["lookup", "draft"])
+@pytest.mark.parametrize("kind", ["linear-first", "all-linear", "retnet"])
+def test_rounds_of_assisted_decoding(kind: str, draft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = asked_for(monkeypatch)
+    model = (tiny_retnet.model("fla") if kind == "retnet" else patch_model(tiny.model(kind))).cuda()
+    prompt = ids(1, 7).repeat(1, 6)
+    how: dict[str, Any] = {"prompt_lookup_num_tokens": 7}
+    if draft:
+        how = {"assistant_model": perturbed(model)}
+        how["assistant_model"].generation_config = GenerationConfig(
+            num_assistant_tokens=5, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
+        )
+    for new in (1, 9, 90, 200):
+        same_tokens(model, prompt, max_new_tokens=new, **how)
+    assert max(found) > 16 and recordings(model), reason(model)
+
+
 def test_a_model_on_another_device_than_the_current_one() -> None:
     model, prompt = patch_model(tiny.model().to("cuda:1")), ids(2).to("cuda:1")
     assert torch.cuda.current_device() == 0

@@ -1,0 +1,82 @@
+"""Drafts of a patched model: token after token by recorded steps, without a generate() call for each draft.
+
+Such a call takes milliseconds for what it prepares, longer than the few tokens of a draft.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.candidate_generator import AssistedCandidateGenerator
+
+from .ahead import PASS, Pass
+from .obstacles import MOST_TOKENS
+from .versions import CACHE
+
+
+class Draft:
+    """Writes the candidates of one AssistedCandidateGenerator, greedily; the first draft is still generate()'s.
+
+    It stops where generate() would: at as many tokens, at one that ends a text, and after one that the draft model
+    gives less than the `assistant_confidence_threshold`. The generator holds it, not it the generator: its pass is to
+    end with the call.
+    """
+
+    def __init__(self, generator: Any) -> None:
+        self._generator, self._model = weakref.proxy(generator), generator.assistant_model
+        self._granted: Pass | None = None
+        self._cache: Any = None
+        ends = generator.generation_config.eos_token_id
+        self._ends = frozenset([ends] if isinstance(ends, int) else torch.as_tensor(ends or []).flatten().tolist())
+
+    @torch.no_grad()
+    def candidates(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """(tokens [1, T] and candidates after them [1, T + n], logits or None) for arguments of generate()."""
+        generator = self._generator
+        ids, most = arguments[generator.input_ids_key], min(arguments["max_new_tokens"], MOST_TOKENS - 1)
+        cache = generator.assistant_kwargs.get(CACHE)
+        length = 0 if cache is None else int(cache.get_seq_length())
+        new = ids[:, length:]
+        if (
+            not length
+            or arguments["min_new_tokens"]
+            or not 1 <= new.shape[1] <= MOST_TOKENS
+            or not self._admitted(cache)
+        ):
+            return AssistedCandidateGenerator._generate_candidates(generator, arguments)  # type: ignore[arg-type]
+        threshold = float(generator.generation_config.assistant_confidence_threshold or 0)
+        drafted: list[Tensor] = []
+        sure: list[float] = []
+        logits = self._logits(new, length)
+        length += new.shape[1]
+        for place in range(most):
+            best = logits.float().softmax(-1).max(-1)
+            drafted.append(best.indices[:, None])
+            if place + 1 < most:  # before the host waits: if it is not wanted, the next crop takes it back
+                logits = self._logits(drafted[-1], length)
+                length += 1
+            sure.append(best.values.item())
+            if sure[-1] < threshold or (self._ends and best.indices.item() in self._ends):
+                break
+        if hasattr(self._generator, "probs"):
+            generator.probs.extend(sure)  # from which transformers learns a better threshold
+        return torch.cat((ids, *drafted), dim=1), None
+
+    def _admitted(self, cache: Any) -> bool:
+        """Whether the draft model has recorded steps for its cache."""
+        if self._granted is None or self._cache is not cache:
+            self._cache = cache
+            mask = self._generator.assistant_kwargs.get("attention_mask")
+            self._granted = self._model._leet.decoding.admit(self._model, self._model.base_model, cache, mask)
+        return self._granted is not None
+
+    def _logits(self, ids: Tensor, length: int) -> Tensor:
+        """Logits [1, vocabulary] behind tokens ids [1, T], the first of which comes after `length` others."""
+        assert self._granted is not None
+        positions = torch.arange(length, length + ids.shape[1], device=ids.device)[None]
+        arguments = {CACHE: self._cache, PASS: self._granted}
+        output = self._model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1, **arguments)
+        return output.logits[:, -1]
