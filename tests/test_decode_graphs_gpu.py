@@ -179,7 +179,6 @@ def test_steps_launched_ahead_leave_no_trace(kind: str) -> None:
     assert recordings(model), reason(model)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("draft", [False, True], ids=["lookup", "draft"])
 @pytest.mark.parametrize("kind", ["linear-first", "all-linear", "retnet"])
 def test_rounds_of_assisted_decoding(kind: str, draft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +196,7 @@ def test_rounds_of_assisted_decoding(kind: str, draft: bool, monkeypatch: pytest
     assert max(found) > 16 and recordings(model), reason(model)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_model_on_another_device_than_the_current_one() -> None:
     model, prompt = patch_model(tiny.model().to("cuda:1")), ids(2).to("cuda:1")
     assert torch.cuda.current_device() == 0
