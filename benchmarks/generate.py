@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from common import copy_bandwidth, one_thread, options, prompt, require_cuda, seconds, table, timed, write
 from small import cpu, drafts
+from torch.utils._pytree import tree_leaves
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
 from leet_hf import patch_model, patch_report
@@ -114,11 +115,14 @@ def read_bytes(model: Any, cache: Any, batch: int) -> tuple[float, float]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of a cache's tensors: of ours, and of the stock model's."""
+    """Bytes of a cache's tensors: of ours, of the stock model's, and of flash-linear-attention's."""
     total = 0
     for layer in cache.layers:
         state, own = getattr(layer, "state", None), [getattr(layer, "keys", None), getattr(layer, "values", None)]
-        total += 0 if state is None else state.nbytes
+        if isinstance(state, dict):
+            own += tree_leaves(state)
+        elif state is not None:
+            total += state.nbytes
         total += sum(x.numel() * x.element_size() for x in own if isinstance(x, torch.Tensor))
     linear = getattr(cache, "linear_cache", None) or []
     return total + sum(x.numel() * x.element_size() for x in linear if isinstance(x, torch.Tensor))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ REPETITIVE = (
     "And the sons of Simeon; Jemuel, and Jamin, and Ohad.\n"
 )
 CPU_ROUNDS = 11
+NEW = {"cpu": 96, "cuda": 192}  # tokens that are written
 DEEPER = 15  # times as many layers again, in the model that has a draft
 
 
@@ -63,7 +63,9 @@ def drafts(device: str) -> Iterator[dict[str, Any]]:
     """The small trained model on a text that repeats itself: plain decoding and prompt lookup, the same tokens.
 
     On a GPU also in bfloat16, and as the draft of a deeper model that writes the same, beside that model without it.
-    "same tokens": as plain decoding of the same model writes; in bfloat16 steps of several tokens round otherwise.
+    "tokens per forward" counts calls of the model's head, of which transformers' loop makes one more for what rounds of
+    drafts have found. "same tokens": as plain decoding of the same model writes; in bfloat16 steps of several tokens
+    round otherwise.
     """
     small, tokenizer = small_model()
     small = small.to(device)
@@ -84,24 +86,33 @@ def drafts(device: str) -> Iterator[dict[str, Any]]:
 def _drafted(
     ways: dict[str, tuple[Any, dict[str, Any]]], ids: torch.Tensor, device: str, where: str
 ) -> Iterator[dict[str, Any]]:
-    """A row for every way of decoding: a model, and arguments of its generate(). A model's plain way comes first."""
+    """A row for every way of decoding: a model, and arguments of its generate(). A model's plain way comes first.
+
+    Milliseconds are of the tokens between a short call and a long one.
+    """
     clock = time.thread_time if device == "cpu" else time.perf_counter
     plain: dict[int, torch.Tensor] = {}
-    new = 96
+    few, many = 4, 4 + NEW[device]
     for name, (writer, arguments) in ways.items():
         forwards: list[int] = []
 
-        def run(writer: Any = writer, arguments: dict[str, Any] = arguments) -> Any:
+        def run(new: int, writer: Any = writer, arguments: dict[str, Any] = arguments) -> Any:
             return writer.generate(ids, max_new_tokens=new, do_sample=False, **arguments)
 
-        run()  # compiles and records what there is to
+        for new in (few, many, many):
+            run(new)  # compiles and records what there is to
         handle = writer.lm_head.register_forward_hook(lambda *_, seen=forwards: seen.append(1))  # not recorded
-        written = run()
+        written = run(many)
         handle.remove()
-        milliseconds = statistics.median(seconds(run, clock) for _ in range(5)) * 1e3 / new
+        found = spread(
+            [
+                (seconds(lambda: run(many), clock) - seconds(lambda: run(few), clock)) * 1e3 / NEW[device]
+                for _ in range(5)
+            ]
+        )
         same = bool(torch.equal(written, plain.setdefault(id(writer), written)))
-        row = {"what": f"drafts {name}, {where}", "ours ms": milliseconds}
-        row |= {"tokens per forward": new / len(forwards), "same tokens": same}
+        row = {"what": f"drafts {name}, {where}", "ours ms": found["median"], "ours spread": found}
+        row |= {"tokens per forward": many / len(forwards), "same tokens": same}
         if device == "cuda":
             row["graphs"] = next(line for line in patch_report(writer).host if line.startswith("decode graphs"))
         print(row, flush=True)

@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 import tiny
-from leet_hf import patch_model
+from leet_hf import lookup, patch_model
 from leet_hf.lookup import searching_on_the_host
 
 
@@ -23,7 +23,9 @@ def generator(eos: int | None = None, processors: Any = (), **options: Any) -> P
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"eos": 3}, {"num_output_tokens": 1}, {"max_length": 41}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"eos": 3}, {"num_output_tokens": 1}, {"max_length": 41}, {"max_matching_ngram_size": 4}], ids=str
+)
 def test_candidates_are_those_of_transformers(options: dict[str, Any]) -> None:
     """Over texts that grow by one token or several, as in one generate() call."""
     numbers = torch.Generator().manual_seed(0)
@@ -53,18 +55,24 @@ def test_logits_processors_are_asked_as_before() -> None:
     assert searching_on_the_host(one).get_candidates == before and len(one.logits_processor) == 1
 
 
+def test_places_within_a_token_are_none() -> None:
+    """Tokens are searched as bytes: 1 stands in [256, 0] one byte behind the beginning, if they are little endian."""
+    one = searching_on_the_host(generator(max_matching_ngram_size=1))
+    ids = torch.tensor([[256, 0, 5, 1 << 40, 1, 7, 1]])
+    assert one.get_candidates(ids)[0].tolist() == [[*ids[0].tolist(), 7, 1]]
+
+
 def test_generate_searches_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     model = patch_model(tiny.model(), method="torch")
     ids = torch.tensor([[5, 6, 7, 8, 9] * 4])
     seen: list[int] = []
-    search = PromptLookupCandidateGenerator.get_candidates
+    search = lookup._Search.__call__
 
     def watched(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         seen.append(input_ids.shape[1])
-        assert self.logits_processor is None
         return search(self, input_ids, **kwargs)
 
-    monkeypatch.setattr(PromptLookupCandidateGenerator, "get_candidates", watched)
+    monkeypatch.setattr(lookup._Search, "__call__", watched)
     options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
     got = model.generate(ids, prompt_lookup_num_tokens=3, **options)
     assert torch.equal(got, model.generate(ids, **options)) and seen[0] == 20 and seen == sorted(seen)
