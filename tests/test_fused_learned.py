@@ -84,6 +84,42 @@ def test_a_layer_alone_is_taken_with_a_single_row(launches: list[int]) -> None:
         _close(got, model(numbers(1, 1, 32, seed=seed)))
 
 
+def test_float32_is_taken_with_several_rows(launches: list[int]) -> None:
+    model = _blocks().float()
+    for rows in (1, 2, 7, 16):
+        mode = Learned(DEVICE)
+        for seed in range(2):
+            launches.clear()
+            x = numbers(rows, 32, seed=seed).float()
+            with mode:
+                got = model(x)
+            assert sorted(launches) == ([] if rows == 1 else [1, 1, 3, 3])
+            torch.testing.assert_close(got, model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_who_allows_tf32_gets_it(launches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    model, mode = _blocks().float(), Learned(DEVICE)
+    for _ in range(2):
+        with mode:
+            model(numbers(4, 32).float())
+    assert not launches
+
+
+def test_a_pair_of_float32_is_two_layers() -> None:
+    weights = [numbers(32, 24, seed=i).float() for i in range(2)]
+    x = numbers(3, 24).float()
+
+    def run() -> Tensor:
+        return gated(*[nn.functional.linear(x, weight) for weight in weights], "silu", method="triton")
+
+    mode = Learned(DEVICE)
+    for _ in range(2):
+        with mode, torch.no_grad():
+            got = run()
+        torch.testing.assert_close(got, run(), rtol=1e-5, atol=1e-5)
+
+
 def test_an_input_written_to_in_between(launches: list[int]) -> None:
     model, mode = _blocks(), Learned(DEVICE)
     with mode:
@@ -118,7 +154,7 @@ def test_what_is_left_alone(why: str, launches: list[int]) -> None:
     model = _blocks()
     x = numbers(17 if why == "rows" else 2, 32)
     if why == "dtype":
-        model, x = model.float(), x.float()
+        model, x = model.double(), x.double()
     if why == "bias":
         for block in model:
             for layer in block.into:

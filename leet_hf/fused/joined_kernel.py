@@ -40,6 +40,21 @@ def _one_row(x_ptr, w_rows, d, mask_n, first, D: tl.constexpr, BD: tl.constexpr)
 
 
 @triton.jit
+def _some_rows(
+    x_rows, w_rows, d, mask_t, mask_n, first, D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+):
+    """The same for several rows of float32, which the matrix units do not take: float32 [BT, BN]."""
+    sums = tl.zeros((BT, BN, BD), dtype=tl.float32)
+    w = first
+    for d0 in range(0, D, BD):
+        x = tl.load(x_rows + (d0 + d)[None, :], mask=mask_t & (d0 + d < D)[None, :], other=0.0)
+        ahead = tl.load(w_rows + (d0 + BD + d)[None, :], mask=mask_n & (d0 + BD + d < D)[None, :], other=0.0)
+        sums += x[:, None, :] * w[None, :, :]
+        w = ahead
+    return tl.sum(sums, 2)
+
+
+@triton.jit
 def _some_columns(
     x_ptr, w_ptr, out_ptr, tile, T, N,
     D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
@@ -55,16 +70,22 @@ def _some_columns(
             gdc_launch_dependents()
         tl.store(out_ptr + n, row.to(out_ptr.dtype.element_ty), mask=n < N)
     else:
-        if OVERLAP:
-            gdc_wait()
         t = tl.arange(0, BT)
         mask_t = (t < T)[:, None]
-        total = tl.zeros((BT, BN), dtype=tl.float32)
-        for d0 in range(0, D, BD):
-            mask_d = (d0 + d < D)[None, :]
-            x = tl.load(x_ptr + t[:, None] * D + (d0 + d)[None, :], mask=mask_t & mask_d, other=0.0)
-            w = tl.load(w_rows + (d0 + d)[None, :], mask=mask_n & mask_d, other=0.0)
-            total += dot(x, tl.trans(w))
+        if w_ptr.dtype.element_ty == tl.float32:
+            first = tl.load(w_rows + d[None, :], mask=mask_n & (d < D)[None, :], other=0.0)
+            if OVERLAP:
+                gdc_wait()
+            total = _some_rows(x_ptr + t[:, None] * D, w_rows, d, mask_t, mask_n, first, D, BT, BN, BD)
+        else:
+            if OVERLAP:
+                gdc_wait()
+            total = tl.zeros((BT, BN), dtype=tl.float32)
+            for d0 in range(0, D, BD):
+                mask_d = (d0 + d < D)[None, :]
+                x = tl.load(x_ptr + t[:, None] * D + (d0 + d)[None, :], mask=mask_t & mask_d, other=0.0)
+                w = tl.load(w_rows + (d0 + d)[None, :], mask=mask_n & mask_d, other=0.0)
+                total += dot(x, tl.trans(w))
         if OVERLAP:
             gdc_launch_dependents()
         at = out_ptr + t[:, None] * N + n[None, :]

@@ -191,7 +191,7 @@ class Learned(TorchFunctionMode):
         by_input: dict[tuple[int, int], tuple[Tensor, dict[int, Tensor]]] = {}
         for x, version, weight, _ in self._watched.linears:
             by_input.setdefault((id(x), version), (x, {}))[1].setdefault(id(weight), weight)
-        units = {id(unit.gate): unit for unit in self._watched.units if unit.gate.shape == unit.up.shape}
+        units = {id(unit.gate): unit for unit in self._watched.units if _is_pair(unit)}
         groups: dict[int, Group] = {}
         for x, weights in by_input.values():
             for group in _cut(weights, units):
@@ -202,6 +202,11 @@ class Learned(TorchFunctionMode):
             total = self._watched.sums[place]
             norm.of_sum(total, total, *wanted)
         return groups
+
+
+def _is_pair(unit: Unit) -> bool:
+    """Whether one launch takes a unit with its two layers."""
+    return unit.gate.shape == unit.up.shape and unit.gate.element_size() == 2
 
 
 def _cut(weights: dict[int, Tensor], units: dict[int, Unit]) -> list[Group]:
