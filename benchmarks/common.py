@@ -185,31 +185,35 @@ class Nothing(torch.autograd.Function):
 CORE = ("python", "torch", "triton", "transformers")
 
 
-def write(name: str, payload: dict[str, Any], folder: Path = RESULTS, part_by: str = "") -> Path:
+def write(name: str, payload: dict[str, Any], folder: Path = RESULTS, part_by: str | tuple[str, ...] = ()) -> Path:
     """Write ``payload`` with device and versions to ``folder/name.json``.
 
-    part_by: for a run of a part, the field its "rows" are told apart by: rows there with other values of it stay, if
-    they are from the same device and versions of `CORE`.
+    part_by: for a run of a part, the field or fields its "rows" are told apart by: rows there with other values of
+    these stay, if they are from the same device and versions of `CORE`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     record = {"device": device_name(), "versions": versions(), **payload}
     if part_by and path.exists():
-        _merge(record, json.loads(path.read_text()), part_by)
+        _merge(record, json.loads(path.read_text()), (part_by,) if isinstance(part_by, str) else part_by)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     temporary.replace(path)
     return path
 
 
-def _merge(record: dict[str, Any], old: dict[str, Any], field: str) -> None:
+def _merge(record: dict[str, Any], old: dict[str, Any], fields: tuple[str, ...]) -> None:
     if record["device"] != old["device"] or any(record["versions"].get(n) != old["versions"].get(n) for n in CORE):
         return
+
+    def name(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[field] for field in fields)
+
     rows = record["rows"]
-    fresh = {row[field] for row in rows}
-    order = list(dict.fromkeys(row[field] for row in [*old["rows"], *rows]))
-    rows = [*(row for row in old["rows"] if row[field] not in fresh), *rows]
-    record["rows"] = sorted(rows, key=lambda row: order.index(row[field]))
+    fresh = {name(row) for row in rows}
+    order = list(dict.fromkeys(name(row) for row in [*old["rows"], *rows]))
+    rows = [*(row for row in old["rows"] if name(row) not in fresh), *rows]
+    record["rows"] = sorted(rows, key=lambda row: order.index(name(row)))
     record["versions"] = old["versions"] | record["versions"]
 
 

@@ -1,9 +1,9 @@
 """Fused kernels around the operator against the torch formulas they stand for, and against their bytes at copy speed.
 
-python benchmarks/fused.py [--quick] [--no-peers] [--output FOLDER]
+python benchmarks/fused.py [--quick] [--only SUBSTRING] [--no-peers] [--output FOLDER]
 
 Every time is of a CUDA graph. A few rows are those of a decode step: many calls in one graph, whose inputs stay in the
-cache. Thousands of rows are a prefill: one call, after the cache was flushed.
+cache as far as they fit. Thousands of rows are a prefill: one call, after the cache was flushed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from common import copy_bandwidth, options, require_cuda, table, timed_graph, ti
 from torch import Tensor
 
 from leet_hf.fused.glu import gated
+from leet_hf.fused.joined import joined_linear
 from leet_hf.fused.norm import rms_norm
 from leet_hf.fused.rotary import turned
 from leet_hf.fused.silu_split import silu_split
@@ -28,7 +29,7 @@ EPS = 1e-6
 
 class Case(NamedTuple):
     """A kernel at one shape. inputs: what has gradients. ours, peer: the same function of them, to a tensor or several.
-    again: whether the gradients need the inputs.
+    again: whether the gradients need the inputs. backward: whether there are gradients.
     """
 
     kernel: str
@@ -38,10 +39,11 @@ class Case(NamedTuple):
     ours: Callable[..., Any]
     peer: Callable[..., Any]
     again: bool = True
+    backward: bool = True
 
 
-def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype)
 
 
 def minimax_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -106,7 +108,31 @@ def splits() -> Iterator[Case]:
         yield Case("silu, split", shape, batch * tokens, (packed,), split, partial(split, method="torch"))
 
 
-CASES: list[Callable[[], Iterator[Case]]] = [norms, rotations, units, splits]
+def linears() -> Iterator[Case]:
+    """Linear layers of one input in a recorded step, of a small model and of one with a hidden size of 2048."""
+    for dtype, rows, sizes, width in (
+        (torch.float32, 8, (768, 192), 192),
+        (torch.float32, 16, (768, 192), 192),
+        (torch.float32, 8, (2048, 2048, 4096, 4096), 2048),
+        (torch.float32, 16, (2048, 2048, 4096, 4096), 2048),
+        (torch.bfloat16, 1, (2048, 2048, 4096, 4096), 2048),
+        (torch.bfloat16, 8, (2048, 2048, 4096, 4096), 2048),
+    ):
+        inputs = tuple(normal(n, width, dtype=dtype) for n in (rows, *sizes))
+        name = f"linear layers, {str(dtype).removeprefix('torch.')}"
+        shape = f"{rows} x {width} to {', '.join(map(str, sizes))}"
+        yield Case(name, shape, rows, inputs, ours_linears, torch_linears, backward=False)
+
+
+def ours_linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    return tuple(joined_linear(x, [*weights]))
+
+
+def torch_linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    return tuple(F.linear(x, weight) for weight in weights)
+
+
+CASES: list[Callable[[], Iterator[Case]]] = [norms, rotations, units, splits, linears]
 
 
 def tensors(out: Any) -> tuple[Tensor, ...]:
@@ -130,37 +156,47 @@ def measure(case: Case, bandwidth: float, peers: bool) -> dict[str, Any]:
         raise RuntimeError(f"{case.kernel} at {case.shape} differs from its formula by {error:.2g}")
     calls = 50 if case.rows <= FEW else 1
     row: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape}
-    row["floor us"], row["both floor us"] = floors(case, out, bandwidth)
+    row["floor us"], both_floor = floors(case, out, bandwidth)
+    if case.backward:
+        row["both floor us"] = both_floor
 
     def both(function: Callable[..., Any]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(function(*leaves), leaves, dout)
 
     for name, function in (("", case.ours), ("torch ", case.peer)) if peers else (("", case.ours),):
-        forward = timed_graph(partial(function, *case.inputs), calls)
-        backward = timed_graph(partial(both, function), calls)
-        row[f"{name}spread us"] = {key: value * 1e3 for key, value in forward.items()}
-        row[f"{name}both spread us"] = {key: value * 1e3 for key, value in backward.items()}
-        row[f"{name}us"], row[f"{name}both us"] = forward["median"] * 1e3, backward["median"] * 1e3
+        ways = {"": partial(function, *case.inputs)} | ({"both ": partial(both, function)} if case.backward else {})
+        for way, call in ways.items():
+            found = timed_graph(call, calls)
+            row[f"{name}{way}spread us"] = {key: value * 1e3 for key, value in found.items()}
+            row[f"{name}{way}us"] = found["median"] * 1e3
         if case.rows <= FEW:
             row[f"{name}host us"] = timed_host(partial(function, *case.inputs))["median"] * 1e3
-    if peers:
-        row["x torch"], row["both x torch"] = row["torch us"] / row["us"], row["torch both us"] / row["both us"]
+    for way in ("", "both "):
+        if f"torch {way}us" in row:
+            row[f"{way}x torch"] = row[f"torch {way}us"] / row[f"{way}us"]
     return row
 
 
 def main() -> None:
-    chosen = options(__doc__, quick="the first shape of each family, no peers").parse_args()
+    parser = options(__doc__, quick="the first shape of each family, no peers")
+    parser.add_argument("--only", default="", help="kernels whose name contains this; others' results stay as they are")
+    chosen = parser.parse_args()
     require_cuda()
     bandwidth = copy_bandwidth()
     rows: list[dict[str, Any]] = []
     for family in CASES:
         for case in family():
+            if chosen.only not in case.kernel:
+                continue
             rows.append(measure(case, bandwidth, not (chosen.quick or chosen.no_peers)))
-            path = write("fused", {"copy_bytes_per_second": bandwidth, "rows": rows}, chosen.output)
+            record = {"copy_bytes_per_second": bandwidth, "rows": rows}
+            path = write("fused", record, chosen.output, part_by=("kernel", "shape") if chosen.only else ())
             if chosen.quick:
                 break
     columns = ["kernel", "shape", "us", "torch us", "x torch", "floor us", "host us", "torch host us"]
     columns += ["both us", "torch both us", "both x torch", "both floor us"]
+    if not rows:
+        raise SystemExit(f"--only {chosen.only!r} names no kernel")
     print(table(rows, [c for c in columns if any(c in r for r in rows)]))
     print(f"wrote {path}")
 

@@ -41,7 +41,7 @@ def _right(sizes: tuple[int, ...], width: int, rows: int, dtype: torch.dtype) ->
         want = F.linear(x.double(), weight.double())
         assert out.shape == want.shape and out.dtype == dtype and out.is_contiguous()
         error = (out.double() - want).square().mean().sqrt() / want.square().mean().sqrt()
-        assert error.item() < {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}[dtype]
+        assert error.item() < {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-5}[dtype]
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu"])

@@ -16,9 +16,9 @@ MOST_ROWS = 16  # all of them are in every program's tile
 MOST_WEIGHTS = 4
 # Rows of weights, numbers of each, warps and stages of a program's tile: of several weights, of a pair.
 SEVERAL, PAIR = (32, 128, 4, 4), (16, 128, 4, 4)
-# Several rows of float32, for which torch takes 40 us whatever their width: rows of weights, warps, stages, and how
-# many products a program has registers for.
-FLOAT32_ROWS, PRODUCTS = (4, 4, 1), 8192
+# Several rows of float32, for which torch takes 40 us or more from some width on, however little there is to read:
+# rows of weights with up to 8 rows of input and with more, and how many products a program has registers for.
+FLOAT32_ROWS, PRODUCTS = (4, 8), 8192
 # The first two for a single row of input, which the matrix units are not asked for; also of one weight.
 SEVERAL_ROW, PAIR_ROW, ONE_ROW = (4, 2048, 4, 1), (4, 2048, 4, 1), (8, 2048, 4, 1)
 
@@ -76,8 +76,8 @@ def _tile(x: Tensor, rows: int, several: tuple[int, ...], one: tuple[int, ...]) 
         return 1, columns, min(step, whole), *options
     if x.dtype == torch.float32:
         held = 1 << (rows - 1).bit_length()
-        columns, *options = FLOAT32_ROWS
-        return held, columns, min(PRODUCTS // (columns * held), whole), *options
+        columns = FLOAT32_ROWS[rows > 8]
+        return held, columns, min(PRODUCTS // (columns * held), whole), 4, 1
     return MOST_ROWS, *several
 
 
