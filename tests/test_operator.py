@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -162,25 +163,38 @@ def test_nan_stays_in_its_sequence(target: tuple[str, str]) -> None:
         assert torch.equal(clean[name][[0, 2, 3]], spoiled[name][[0, 2, 3]]), name
 
 
-@pytest.fixture
-def loose_precision(target: tuple[str, str]) -> Iterator[None]:
-    """Everything a caller can switch on to make matrix products less exact."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    with torch.autocast(target[0], dtype=torch.bfloat16):
-        yield
-    torch.set_float32_matmul_precision(before)
+BACKENDS = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+
+
+@contextmanager
+def loose_precision(device: str, by_backend: bool) -> Iterator[None]:
+    """Everything a caller can switch on to make matrix products less exact, by either of torch's two ways."""
+    before, own = torch.get_float32_matmul_precision(), [backend.fp32_precision for backend in BACKENDS]
+    try:
+        if by_backend:
+            for backend, precision in zip(BACKENDS, ("tf32", "bf16"), strict=True):
+                backend.fp32_precision = precision
+        else:
+            torch.set_float32_matmul_precision("medium")
+        with torch.autocast(device, dtype=torch.bfloat16):
+            yield
+    finally:
+        for backend, precision in zip(BACKENDS, own, strict=True):
+            backend.fp32_precision = precision
+        torch.set_float32_matmul_precision(before)
 
 
 @TARGETS
 @pytest.mark.parametrize("decay", ["head", "token"])
-def test_autocast_and_tf32_change_nothing(target: tuple[str, str], decay: str, request) -> None:
+@pytest.mark.parametrize("by_backend", [False, True], ids=["for all", "by backend"])
+def test_autocast_and_tf32_change_nothing(target: tuple[str, str], decay: str, by_backend: bool) -> None:
     device, method = target
     x = make_inputs(Case(tokens=200, key_dim=64, value_dim=64, decay=decay), device)
     oracle = run_oracle(x)
-    request.getfixturevalue("loose_precision")
-    assert_close(x, method, oracle)
-    assert torch.get_float32_matmul_precision() == "medium"
+    with loose_precision(device, by_backend):
+        assert_close(x, method, oracle)
+        assert [backend.fp32_precision for backend in BACKENDS] == ["tf32", "bf16"]
+        assert by_backend or torch.get_float32_matmul_precision() == "medium"
 
 
 def test_short_segments(monkeypatch: pytest.MonkeyPatch) -> None:

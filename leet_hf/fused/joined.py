@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from leet_linear_attention.dispatch import available_methods
+from leet_linear_attention.precision import products_are_exact
 
 from .route import NARROW
 
@@ -96,7 +97,7 @@ def joinable(x: Tensor, weight: Tensor, device_type: str) -> bool:
         return False
     if x.dim() == 0 or not 0 < x.numel() <= MOST_ROWS * x.shape[-1] or x.shape[-1] != weight.shape[1]:
         return False
-    if x.dtype == torch.float32 and (x.numel() == x.shape[-1] or torch.get_float32_matmul_precision() != "highest"):
+    if x.dtype == torch.float32 and (x.numel() == x.shape[-1] or not products_are_exact()):
         return False  # torch is as fast with one row; and who allows it TF32 gets that
     if not (x.is_contiguous() and weight.is_contiguous()) or weight.numel() == 0:
         return False
