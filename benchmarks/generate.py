@@ -230,13 +230,20 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = [row for row in rows if "ours ms" in row]
     figure, axis = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.6))
-    for shift, name in ((-0.27, "ours ms"), (0.0, "peer ms"), (0.27, "floor ms")):
-        axis.barh([i + shift for i in range(len(rows))], [r.get(name) or 0 for r in rows], 0.25, label=name)
+    for color, (shift, name) in enumerate(((-0.27, "ours ms"), (0.0, "peer ms"), (0.27, "floor ms"))):
+        if not any(row.get(name) for row in rows):
+            continue
+        places, widths = [i + shift for i in range(len(rows))], [row.get(name) or 0 for row in rows]
+        axis.barh(places, widths, 0.25, label=name, color=f"C{color}")
     axis.set_yticks(range(len(rows)), [row["what"] for row in rows])
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.invert_yaxis()
     axis.set_xlabel("milliseconds")
     axis.set_title(f"generate() on {device}")

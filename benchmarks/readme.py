@@ -66,25 +66,33 @@ def train(record: dict[str, Any]) -> str:
 def fused(record: dict[str, Any]) -> str:
     """What surrounds the operator."""
     columns = ["kernel", "shape", "us", "torch us", "x torch", "both us", "both x torch"]
-    return table(record["rows"], columns)
+    return table(record["rows"], [c for c in columns if any(c in row for row in record["rows"])])
 
 
 # Plots beside the tables of a file: (plot, what it shows)
 PLOTS = {
     "ops": ("ops-lengths", "Milliseconds over length, forward: ours, FLA, Lightning Attention's algorithm and softmax"),
-    "generate": ("generate", "Milliseconds a decoded token, with drafts, and of a prompt: ours, peers and the floor"),
+    "generate": ("generate", "Milliseconds a decoded token and of a prompt: ours, peers and the floor"),
+    "h200/generate": ("h200/generate", "Milliseconds a decoded token, plain and with drafts, on an H200"),
     "train": ("train", "Tokens a second in training: ours and peers"),
 }
-# (file, title, how)
+# (file, title, how); in h200/ is what a card of that kind took: another one's results in a file would be overwritten
 TABLES: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
     ("ops", "The operator, forward and forward + backward", ops),
     ("blocks", "One pass over time (the forward is one, the backward three)", blocks),
     ("step", "The decode step in a CUDA graph, averaged over whole buffer cycles", step),
     ("generate", "Whole models with random weights, greedy, per decoded token", generate),
-    ("generate", "A small trained model, and one 16 times as deep that writes the same, per decoded token", drafts),
-    ("generate", "The first models again, a prompt", prompts),
-    ("train", "The first models, forward + backward", train),
+    ("generate", "The same models, a prompt", prompts),
+    ("train", "The same models, forward + backward", train),
     ("fused", "What surrounds the operator, alone and with its gradients", fused),
+    ("h200/ops", "The operator on an H200", ops),
+    ("h200/step", "The decode step on an H200", step),
+    (
+        "h200/generate",
+        "A small trained model, and one 16 times as deep that writes the same, per decoded token",
+        drafts,
+    ),
+    ("h200/fused", "Linear layers of a recorded step", fused),
 ]
 
 
@@ -99,7 +107,7 @@ def readme(results: Path = RESULTS) -> str:
             where = f"{record['device']}, {versions}"
             if "copy_bytes_per_second" in record:
                 where += f", copy {record['copy_bytes_per_second'] / 1e12:.2f} TB/s"
-            parts += [f"{title} (`{name}.py`; {where}):", made]
+            parts += [f"{title} (`{Path(name).name}.py`; {where}):", made]
             plot, shows = plots.pop(name, ("", ""))
             if plot and (results / f"{plot}.png").exists():
                 parts.append(f"![{shows}](benchmarks/results/{plot}.png)")
