@@ -6,15 +6,24 @@ Such a call takes milliseconds for what it prepares, longer than the few tokens 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from .ahead import PASS, Pass
 from .obstacles import MOST_TOKENS
 from .versions import CACHE
+
+
+def unheld(generator: Any, name: str) -> Callable[..., Any]:
+    """A method of a candidate generator, its own or its class's, by something that does not hold the generator."""
+    own: Callable[..., Any] | None = generator.__dict__.get(name)
+    if own is not None:
+        return own
+    function, here = getattr(type(generator), name), weakref.ref(generator)
+    return lambda *args, **kwargs: function(here(), *args, **kwargs)
 
 
 class Draft:
@@ -26,7 +35,9 @@ class Draft:
     """
 
     def __init__(self, generator: Any) -> None:
-        self._generator, self._model = weakref.proxy(generator), generator.assistant_model
+        self._generator, self._model = weakref.ref(generator), generator.assistant_model
+        self._whole = unheld(generator, "_generate_candidates")
+        generator._generate_candidates = self.candidates
         self._granted: Pass | None = None
         self._cache: Any = None
         ends = generator.generation_config.eos_token_id
@@ -35,18 +46,14 @@ class Draft:
     @torch.no_grad()
     def candidates(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """(tokens [1, T] and candidates after them [1, T + n], logits or None) for arguments of generate()."""
-        generator = self._generator
+        generator: Any = self._generator()
         ids, most = arguments[generator.input_ids_key], min(arguments["max_new_tokens"], MOST_TOKENS - 1)
-        cache = generator.assistant_kwargs.get(CACHE)
+        cache, mask = (generator.assistant_kwargs.get(name) for name in (CACHE, "attention_mask"))
         length = 0 if cache is None else int(cache.get_seq_length())
         new = ids[:, length:]
-        if (
-            not length
-            or arguments["min_new_tokens"]
-            or not 1 <= new.shape[1] <= MOST_TOKENS
-            or not self._admitted(cache)
-        ):
-            return AssistedCandidateGenerator._generate_candidates(generator, arguments)  # type: ignore[arg-type]
+        few = length and 1 <= new.shape[1] <= MOST_TOKENS
+        if not few or arguments["min_new_tokens"] or not self._admitted(cache, mask):
+            return self._whole(arguments)
         threshold = float(generator.generation_config.assistant_confidence_threshold or 0)
         drafted: list[Tensor] = []
         sure: list[float] = []
@@ -61,15 +68,14 @@ class Draft:
             sure.append(best.values.item())
             if sure[-1] < threshold or (self._ends and best.indices.item() in self._ends):
                 break
-        if hasattr(self._generator, "probs"):
+        if hasattr(generator, "probs"):
             generator.probs.extend(sure)  # from which transformers learns a better threshold
         return torch.cat((ids, *drafted), dim=1), None
 
-    def _admitted(self, cache: Any) -> bool:
+    def _admitted(self, cache: Any, mask: Any) -> bool:
         """Whether the draft model has recorded steps for its cache."""
         if self._granted is None or self._cache is not cache:
             self._cache = cache
-            mask = self._generator.assistant_kwargs.get("attention_mask")
             self._granted = self._model._leet.decoding.admit(self._model, self._model.base_model, cache, mask)
         return self._granted is not None
 

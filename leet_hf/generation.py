@@ -13,6 +13,7 @@ from transformers import Cache
 from .ahead import PASS, going_ahead, let_go_ahead
 from .cache import SLACK
 from .decoding import Decoding
+from .draft import unheld
 from .fused.loss import install_loss, restore_loss
 from .host import HostBinding, masks_by_kind
 from .hosts.remote import kinds_of
@@ -166,7 +167,7 @@ def _candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
     own = _without_pass(kwargs)
     generator = _expected(type(model)._get_candidate_generator(model, *args, **own), own)
     if not hasattr(model.config, "num_hidden_layers"):  # early exit lowers it for the draft, and puts it back
-        generator.get_candidates = functools.partial(_counted, model, generator.get_candidates)
+        generator.get_candidates = functools.partial(_counted, model, unheld(generator, "get_candidates"))
     return in_rounds(generator, model, kwargs)
 
 

@@ -17,14 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
-from transformers.generation.candidate_generator import (
-    AssistedCandidateGenerator,
-    CandidateGenerator,
-    PromptLookupCandidateGenerator,
-)
+from transformers.generation.candidate_generator import AssistedCandidateGenerator, PromptLookupCandidateGenerator
 
 from .ahead import PASS, Pass, asked_again
-from .draft import Draft
+from .draft import Draft, unheld
 from .obstacles import MOST_TOKENS
 from .upgrade import recurrent_layers
 from .versions import CACHE
@@ -63,30 +59,23 @@ class Verified:
         return asked_again(cache, tokens, self.noted)
 
 
-class Rounds(CandidateGenerator):
-    """What a candidate generator of one generate() call does, in rounds where they are possible.
+class Rounds:
+    """What the candidate generator of one generate() call does from now on, in rounds where they are possible.
 
-    on_host: whether the generator reads the tokens on the CPU. Nothing that it holds holds it: the pass is to end with
-    the call.
+    on_host: whether the generator reads the tokens on the CPU. The generator holds it, not it the generator: the pass
+    is to end with the call.
     """
 
     def __init__(self, generator: Any, model: Any, granted: Pass, cache: Any, *, on_host: bool) -> None:
         assert granted.bounds is not None
-        self._inner, self._model, self._granted, self._cache = generator, model, granted, cache
+        self._model, self._granted, self._cache, self._on_host = model, granted, cache, on_host
         self._longest, self._ends = granted.bounds
-        self._on_host = on_host
         self._known: Tensor | None = None  # the CPU's copy of the tokens, [1, T], while they are the loop's too
         self._ran = 0  # tokens that the loop was last given as right, with the one behind them
+        self._get, self._update = (unheld(generator, name) for name in ("get_candidates", "update_candidate_strategy"))
+        generator.get_candidates, generator.update_candidate_strategy = self.candidates, self.update
 
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else transformers' loop asks of a generator."""
-        if name == "_inner":
-            raise AttributeError(name)
-        return getattr(self._inner, name)
-
-    def get_candidates(  # type: ignore[override]  # logits may be None in transformers too
-        self, input_ids: Tensor, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    def candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """input_ids [1, T] to (these and n tokens that are right, [1, T + n], None), or to what the generator gives."""
         self._ran = 0
         if not kwargs and sys._getframe(1).f_code is _LOOP and self._possible(input_ids):
@@ -96,14 +85,14 @@ class Rounds(CandidateGenerator):
                 right = torch.tensor([new[:-1]], dtype=input_ids.dtype).to(input_ids.device, non_blocking=True)
                 return torch.cat((input_ids, right), dim=1), None
         self._known = None
-        return self._inner.get_candidates(input_ids, **kwargs)
+        return self._get(input_ids, **kwargs)
 
-    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+    def update(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
         """As the generator's, which has heard of every round by itself."""
         if self._ran and num_matches + 1 != self._ran:
             self._known = None
         elif not self._ran:
-            self._inner.update_candidate_strategy(input_ids, scores, num_matches)
+            self._update(input_ids, scores, num_matches)
 
     def _possible(self, input_ids: Tensor) -> bool:
         last, length = self._granted.last, input_ids.shape[1]
@@ -123,7 +112,7 @@ class Rounds(CandidateGenerator):
         keep = min(0 if layer.state is None else layer.state.keep for layer in recurrent_layers(cache))
         # All of them must be there to be taken back, whatever the next round brings.
         while len(new) + MOST_TOKENS <= keep and start + len(new) < self._longest and time.perf_counter() < until:
-            found = self._inner.get_candidates(known if self._on_host else input_ids)[0]
+            found = self._get(known if self._on_host else input_ids)[0]
             most = min(MOST_TOKENS, self._longest - start - len(new)) - 1
             tried = found[0, start + len(new) :][:most].tolist()
             ids = torch.tensor([[int(known[0, -1]), *tried]], dtype=input_ids.dtype)
@@ -143,7 +132,7 @@ class Rounds(CandidateGenerator):
             known = torch.cat((known, more), dim=1)
             if not self._on_host:
                 input_ids = torch.cat((input_ids, more.to(device, non_blocking=True)), dim=1)
-            self._inner.update_candidate_strategy(input_ids, logits[None], len(right) - 1)
+            self._update(input_ids, logits[None], len(right) - 1)
             if right[-1] in self._ends:
                 break
         if new:
@@ -192,8 +181,9 @@ def in_rounds(generator: Any, model: Any, arguments: dict[str, Any]) -> Any:
         return generator
     draft = getattr(generator, "assistant_model", model)
     if draft is not model and hasattr(getattr(draft, "_leet", None), "decoding"):
-        generator._generate_candidates = Draft(generator).candidates
-    return Rounds(generator, model, granted, own[CACHE], on_host=kind is PromptLookupCandidateGenerator)
+        Draft(generator)
+    Rounds(generator, model, granted, own[CACHE], on_host=kind is PromptLookupCandidateGenerator)
+    return generator
 
 
 def plain_text(arguments: dict[str, Any]) -> bool:

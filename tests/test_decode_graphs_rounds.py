@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -194,6 +195,40 @@ def test_a_prompt_with_pads(ran: list[int]) -> None:
     options: dict[str, Any] = RETURNED | {"max_new_tokens": 20, "do_sample": False, "attention_mask": mask}
     same(model.generate(prompt, **LOOKUP, **options), without(model, "linear-first").generate(prompt, **options))
     assert not ran
+
+
+@pytest.mark.parametrize("draft", [False, True], ids=["lookup", "draft"])
+def test_the_right_to_recorded_steps_ends_with_the_call(draft: bool, ran: list[int]) -> None:
+    """Without a collection of garbage: the next call would have to do without recorded steps until there is one."""
+    model, prompt = make("linear-first"), repetitive()
+    other = patch_model(perturbed(without(model, "linear-first")))
+    how: dict[str, Any] = {"assistant_model": other} if draft else LOOKUP
+    gc.disable()
+    try:
+        for _ in range(3):
+            ran.clear()
+            model.generate(prompt, max_new_tokens=30, do_sample=False, **how)
+            assert ran
+            for each in (model, other) if draft else (model,):
+                assert each._leet.decoding._granted() is None
+    finally:
+        gc.enable()
+
+
+def test_a_draft_learns_how_many_tokens_pay(ran: list[int]) -> None:
+    model, prompt = make("linear-first"), repetitive()
+    for more in (True, False):
+        draft = make("linear-first")
+        draft.load_state_dict(model.state_dict())  # it is always right
+        if not more:
+            draft.lm_head.weight.data = draft.lm_head.weight.data.roll(1, 0)  # it never is
+        draft.generation_config = GenerationConfig(
+            num_assistant_tokens=5, num_assistant_tokens_schedule="heuristic", assistant_confidence_threshold=0.0
+        )
+        model.generate(prompt, max_new_tokens=60, do_sample=False, assistant_model=draft)
+        learned = draft.generation_config.num_assistant_tokens
+        assert (learned > 5) if more else (learned < 5)
+    assert ran
 
 
 def test_a_draft_writes_without_generate(ran: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
