@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ PASS = "leet_decoding"  # the keyword by which generate() of an admitted call re
 
 # What decides which forward follows a token: where a model has its own, it may be another.
 _DECIDING = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+_ours: set[Callable[..., Any]] = set()
 _LOOPS = {
     GenerationMode.GREEDY_SEARCH: "_sample",
     GenerationMode.SAMPLE: "_sample",
@@ -145,6 +147,12 @@ class _Admitted(threading.local):
 _admitted = _Admitted()
 
 
+def decides_as_transformers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare that a method in place of one of transformers' leads to the same forwards after the first."""
+    _ours.add(function)
+    return function
+
+
 def let_go_ahead(granted: Pass, model: Any, config: Any, mode: GenerationMode, most: int) -> None:
     """Let a generate() call run what its loop will ask for next, if that loop is one whose next forward is known.
 
@@ -154,7 +162,9 @@ def let_go_ahead(granted: Pass, model: Any, config: Any, mode: GenerationMode, m
     if loop is None or config.is_assistant:
         return
     for name in (loop, *_DECIDING):
-        if name in model.__dict__ or getattr(type(model), name) is not getattr(GenerationMixin, name):
+        function = model.__dict__.get(name, getattr(type(model), name))
+        function = getattr(function, "func", function)
+        if function is not getattr(GenerationMixin, name) and function not in _ours:
             return
     granted.most = 0 if mode == GenerationMode.ASSISTED_GENERATION else most
     _admitted.granted, _admitted.config = weakref.ref(granted), weakref.ref(config)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from transformers import Cache
+from transformers import Cache, GenerationMixin
 
-from .ahead import PASS, going_ahead, let_go_ahead
+from .ahead import PASS, decides_as_transformers, going_ahead, let_go_ahead
 from .cache import SLACK
 from .decoding import Decoding
 from .draft import unheld
@@ -24,6 +25,9 @@ from .shapes import CacheSpec
 from .slots import has_entry, install_forward, restore_forward
 from .upgrade import layers_counted, recurrent_layers, upgrade, upgrade_layer
 from .versions import CACHE
+
+PREPARE = "prepare_inputs_for_generation"
+PAST = "leet_past"  # the keyword by which it learns what to leave out
 
 
 @dataclass
@@ -46,6 +50,8 @@ def install_generation(model: nn.Module, host: HostBinding) -> None:
     methods = {**_REPLACED, **host.adapter.head_methods}
     if getattr(model.config, "layer_types", None) is None:
         methods["create_masks_for_generate"] = _masks_for_generate
+    if methods.get(PREPARE, getattr(type(model), PREPARE, None)) is GenerationMixin.prepare_inputs_for_generation:
+        methods[PREPARE] = _prepare_inputs
     forward = methods.pop("forward", None)
     entries: dict[str, Any] = {name: functools.partial(function, model) for name, function in methods.items()}
     if getattr(model, "_is_stateful", False):
@@ -97,10 +103,20 @@ def _supports_default_cache(model: Any) -> bool:
     return True
 
 
+def _as_transformers_prepare(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare that a function prepares inputs as transformers' method, whose signature generate() looks at."""
+    function.__signature__ = inspect.signature(GenerationMixin.prepare_inputs_for_generation)  # type: ignore[attr-defined]
+    return decides_as_transformers(function)
+
+
 class RecurrentGeneration:
     """A base of model classes that need no patching, before GenerationMixin: what `install_generation` does to one."""
 
     _leet: GenerationBinding
+
+    @_as_transformers_prepare
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return _prepare_inputs(self, *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -115,7 +131,41 @@ class RecurrentGeneration:
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         own = _without_pass(kwargs)
         generator = super()._get_candidate_generator(*args, **own)  # type: ignore[misc]
-        return in_rounds(_expected(generator, own), self, kwargs)
+        generator = in_rounds(_expected(generator, own), self, kwargs)
+        _note_past(self, kwargs)
+        return generator
+
+
+@_as_transformers_prepare
+def _prepare_inputs(
+    model: Any, input_ids: Any, next_sequence_length: int | None = None, is_first_iteration: bool = False, **kwargs: Any
+) -> Any:
+    """Transformers' own, without the tokens that `_note_past` found in the cache already."""
+    past = kwargs.pop(PAST, 0)
+    if past and is_first_iteration and next_sequence_length is None:
+        next_sequence_length = input_ids.shape[1] - past
+    return GenerationMixin.prepare_inputs_for_generation(
+        model, input_ids, next_sequence_length=next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
+    )
+
+
+def _note_past(model: Any, arguments: dict[str, Any]) -> None:
+    """Note for `_prepare_inputs` how much of a text the cache of assisted decoding holds.
+
+    Transformers' loop for that gives the model the whole text at first, as none of the others does, and so twice what
+    an earlier call has left in the cache. arguments: those that the loop asks for a candidate generator with.
+    """
+    prepare = getattr(model, PREPARE)
+    own, ids, config = (arguments.get(name) for name in ("model_kwargs", "input_ids", "generation_config"))
+    if own is None or ids is None or own.get("inputs_embeds") is not None or not isinstance(own.get(CACHE), Cache):
+        return
+    if getattr(prepare, "func", getattr(prepare, "__func__", None)) not in _PREPARING:
+        return
+    mask = own.get("attention_mask")  # a mask that hides nothing is left out by newer versions, which note its length
+    whole = mask.shape[1] if mask is not None else getattr(config, "_mask_length", ids.shape[1])
+    past = int(own[CACHE].get_seq_length())
+    if 0 < past < ids.shape[1] == whole:
+        own[PAST] = past
 
 
 def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -168,7 +218,9 @@ def _candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
     generator = _expected(type(model)._get_candidate_generator(model, *args, **own), own)
     if not hasattr(model.config, "num_hidden_layers"):  # early exit lowers it for the draft, and puts it back
         generator.get_candidates = functools.partial(_counted, model, unheld(generator, "get_candidates"))
-    return in_rounds(generator, model, kwargs)
+    generator = in_rounds(generator, model, kwargs)
+    _note_past(model, kwargs)
+    return generator
 
 
 def _counted(model: Any, get_candidates: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -197,6 +249,7 @@ def _set_recording(cache: Any, candidates: int, *, grows: bool) -> None:
         layer.record(candidates + SLACK, grows)
 
 
+_PREPARING = (_prepare_inputs, RecurrentGeneration.prepare_inputs_for_generation)
 # Methods of the host that patching replaces on the instance.
 _REPLACED: dict[str, Callable[..., Any]] = {
     "_supports_default_dynamic_cache": _supports_default_cache,
