@@ -26,7 +26,6 @@ from .upgrade import recurrent_layers
 if TYPE_CHECKING:
     from .decoding import Decoding
     from .recording import Running
-    from .rounds import Verified
     from .step import Step
 
 PASS = "leet_decoding"  # the keyword by which generate() of an admitted call reaches the base model's forward
@@ -44,12 +43,23 @@ _LOOP = GenerationMixin._sample.__code__
 
 @dataclass
 class Ahead:
-    """A step of one token a row that was launched unasked. length: tokens in the cache before it."""
+    """A forward of tokens after the first `length` ones of a cache that was run, or launched, before it is asked for.
+
+    output: its last hidden states [B, T, hidden]; step: the recorded step that gave them, the last one of several.
+    noted: how many tokens the cache's layers are to take back, unless it is asked for: these, and any behind them.
+    running: where it may be under way still.
+    """
 
     step: Step
     cache: Any
     length: int
-    running: Running
+    output: Tensor
+    noted: int
+    running: Running | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.output.shape[1]
 
     @classmethod
     def launch(cls, step: Step, cache: Any, ids: Tensor) -> Ahead | None:
@@ -65,33 +75,29 @@ class Ahead:
         running = step.recorded.launch()
         for layer in layers:
             layer.step_ahead(running)
-        return cls(step, cache, length, running)
+        return cls(step, cache, length, running.output, 1, running)
 
     def is_asked_for(self, cache: Any, ids: Tensor, mask: Tensor | None) -> bool:
-        """Whether this is the step of tokens ids [B, T] after a cache; then its token is no longer to be taken back.
+        """Whether this is the forward of tokens ids [B, T] after a cache; then they are no longer to be taken back.
 
         The cache must have the tensors of the step.
         """
-        if cache is not self.cache or ids.shape != self.step.ids.shape or int(cache.get_seq_length()) != self.length:
+        rows, tokens = self.output.shape[:2]
+        if cache is not self.cache or ids.shape != (rows, tokens) or int(cache.get_seq_length()) != self.length:
             return False
-        if self.step.padded and (mask is None or mask.shape != (ids.shape[0], self.length + 1)):
+        if self.step.padded if mask is None else mask.shape != (rows, self.length + tokens):
             return False
-        return asked_again(cache, 1, noted=1)
+        layers = recurrent_layers(cache)
+        if any(layer.taken != self.noted for layer in layers):
+            return False  # someone has looked at the state, or taken back more
+        for layer in layers:
+            layer.taken, layer.running = self.noted - tokens, None
+        return True
 
     def take_back(self) -> None:
-        """Take its token back from a cache that goes on without it."""
+        """Take its tokens back from a cache that goes on without them."""
         if self.step.arena.has(self.cache):
             self.step.arena.settle(self.cache)
-
-
-def asked_again(cache: Any, tokens: int, noted: int) -> bool:
-    """Whether all layers of a cache are to take back `noted` tokens; then the first `tokens` of them stay after all."""
-    layers = recurrent_layers(cache)
-    if any(layer.taken != noted for layer in layers):
-        return False  # someone has looked at the state, or taken back more
-    for layer in layers:
-        layer.taken, layer.running = noted - tokens, None
-    return True
 
 
 class Pass:
@@ -100,8 +106,8 @@ class Pass:
     masked: how many tokens its attention mask said something about; those that follow are no pads. most: how many
     tokens its cache may come to hold by steps that are launched ahead; 0: none is. bounds: (most tokens of the text,
     tokens that end it), if nothing else ends a text of assisted decoding. last: the recorded step that the last forward
-    was, with its cache, if it was one; hidden_states: what that forward returned, [B, T, hidden]. verified: tokens that
-    were run before transformers' loop asks for them.
+    was, with its cache, if it was one; hidden_states: what that forward returned, [B, T, hidden]. ahead: what was run
+    before transformers' loop asks for it.
     """
 
     def __init__(self, decoding: Decoding, masked: int) -> None:
@@ -109,8 +115,7 @@ class Pass:
         self.bounds: tuple[int, frozenset[int]] | None = None
         self.last: tuple[Step, Any] | None = None
         self.hidden_states: Tensor | None = None
-        self.verified: Verified | None = None
-        self._ahead: Ahead | None = None
+        self.ahead: Ahead | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pass:
         return self
@@ -127,12 +132,12 @@ class Pass:
             return
         with self.decoding.lock:
             if self.decoding.holds(self, *last):
-                self._ahead = Ahead.launch(*last, ids[:, -1:])
+                self.ahead = Ahead.launch(*last, ids[:, -1:])
 
     def arrived(self) -> Ahead | None:
-        """The step that was launched ahead, if there is one: what the current stream does next comes after it."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
+        """What was run ahead, if anything was: what the current stream does next comes after it."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None and ahead.running is not None:
             ahead.running.wait()
         return ahead
 
@@ -153,6 +158,17 @@ def decides_as_transformers(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def is_ours(model: Any, name: str) -> bool:
+    """Whether a method of a model is one that was declared so."""
+    return function_of(model, name) in _ours
+
+
+def function_of(model: Any, name: str) -> Any:
+    """The function behind a method of a model, its own or its class's; None if it has none."""
+    method = model.__dict__.get(name, getattr(type(model), name, None))
+    return getattr(method, "func", method)
+
+
 def let_go_ahead(granted: Pass, model: Any, config: Any, mode: GenerationMode, most: int) -> None:
     """Let a generate() call run what its loop will ask for next, if that loop is one whose next forward is known.
 
@@ -162,9 +178,7 @@ def let_go_ahead(granted: Pass, model: Any, config: Any, mode: GenerationMode, m
     if loop is None or config.is_assistant:
         return
     for name in (loop, *_DECIDING):
-        function = model.__dict__.get(name, getattr(type(model), name))
-        function = getattr(function, "func", function)
-        if function is not getattr(GenerationMixin, name) and function not in _ours:
+        if function_of(model, name) is not getattr(GenerationMixin, name) and not is_ours(model, name):
             return
     granted.most = 0 if mode == GenerationMode.ASSISTED_GENERATION else most
     _admitted.granted, _admitted.config = weakref.ref(granted), weakref.ref(config)

@@ -135,8 +135,7 @@ class Decoding:
         """What `forward(base, **arguments)` returns, by a recorded step where these arguments allow it."""
         cache = cache_argument(arguments.get("past_key_values"), arguments.get("cache"))
         ahead, granted.last = granted.arrived(), None
-        verified, granted.verified = granted.verified, None
-        most = MOST_TOKENS if verified is None else max(MOST_TOKENS, verified.tokens)
+        most = MOST_TOKENS if ahead is None else max(MOST_TOKENS, ahead.tokens)
         if not serves(base, cache, arguments, most):
             return forward(base, **arguments)
         # Everything below runs between two replays: what is asked of every layer every time is kept to a minimum.
@@ -144,12 +143,9 @@ class Decoding:
         rows, tokens = ids.shape
         with self.lock:
             if ahead is not None and self.holds(granted, ahead.step, cache) and ahead.is_asked_for(cache, ids, mask):
-                return self._counted(ahead.step, cache, ahead.running.output, granted)
-            if verified is not None and self.holds(granted, verified.step, cache):
-                if verified.is_asked_for(cache, ids, mask):
-                    return self._counted(verified.step, cache, verified.hidden_states, granted)
-                if tokens > MOST_TOKENS:
-                    return forward(base, **arguments)
+                return self._counted(ahead.step, cache, ahead.output, granted)
+            if tokens > MOST_TOKENS:
+                return forward(base, **arguments)
             arena = self._current
             bound = arena is not None and arena.has(cache) and tokens <= arena.most
             if not bound and not fits(cache, ids):

@@ -26,22 +26,29 @@ def unheld(generator: Any, name: str) -> Callable[..., Any]:
     return lambda *args, **kwargs: function(here(), *args, **kwargs)
 
 
+def logits_of(model: Any, ids: Tensor, length: int, cache: Any, granted: Pass, last: bool = False) -> Tensor:
+    """Logits [B, T, vocabulary] of tokens ids [B, T], which come after `length` others; last: of the last one alone."""
+    positions = torch.arange(length, length + ids.shape[1], device=ids.device)[None]
+    arguments = {CACHE: cache, PASS: granted, "logits_to_keep": int(last)}
+    logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=True, **arguments).logits
+    return logits
+
+
 class Draft:
     """Writes the candidates of one AssistedCandidateGenerator, greedily; the first draft is still generate()'s.
 
     It stops where generate() would: at as many tokens, at one that ends a text, and after one that the draft model
     gives less than the `assistant_confidence_threshold`. The generator holds it, not it the generator: its pass is to
-    end with the call.
+    end with the call. ends: tokens that end a text.
     """
 
-    def __init__(self, generator: Any) -> None:
+    def __init__(self, generator: Any, ends: frozenset[int]) -> None:
         self._generator, self._model = weakref.ref(generator), generator.assistant_model
         self._whole = unheld(generator, "_generate_candidates")
         generator._generate_candidates = self.candidates
         self._granted: Pass | None = None
         self._cache: Any = None
-        ends = generator.generation_config.eos_token_id
-        self._ends = frozenset([ends] if isinstance(ends, int) else torch.as_tensor(ends or []).flatten().tolist())
+        self._ends = ends
 
     @torch.no_grad()
     def candidates(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -80,9 +87,6 @@ class Draft:
         return self._granted is not None
 
     def _logits(self, ids: Tensor, length: int) -> Tensor:
-        """Logits [1, vocabulary] behind tokens ids [1, T], the first of which comes after `length` others."""
+        """Logits [1, vocabulary] behind the last of tokens ids [1, T], which come after `length` others."""
         assert self._granted is not None
-        positions = torch.arange(length, length + ids.shape[1], device=ids.device)[None]
-        arguments = {CACHE: self._cache, PASS: self._granted}
-        output = self._model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1, **arguments)
-        return output.logits[:, -1]
+        return logits_of(self._model, ids, length, self._cache, self._granted, last=True)[:, -1]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import Cache, GenerationMixin
 
-from .ahead import PASS, decides_as_transformers, going_ahead, let_go_ahead
+from .ahead import PASS, decides_as_transformers, going_ahead, is_ours, let_go_ahead
 from .cache import SLACK
 from .decoding import Decoding
 from .draft import unheld
@@ -129,11 +129,7 @@ class RecurrentGeneration:
         return going_ahead(criteria, generation_config)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        own = _without_pass(kwargs)
-        generator = super()._get_candidate_generator(*args, **own)  # type: ignore[misc]
-        generator = in_rounds(_expected(generator, own), self, kwargs)
-        _note_past(self, kwargs)
-        return generator
+        return _generator(self, super()._get_candidate_generator, *args, **kwargs)  # type: ignore[misc]
 
 
 @_as_transformers_prepare
@@ -155,11 +151,10 @@ def _note_past(model: Any, arguments: dict[str, Any]) -> None:
     Transformers' loop for that gives the model the whole text at first, as none of the others does, and so twice what
     an earlier call has left in the cache. arguments: those that the loop asks for a candidate generator with.
     """
-    prepare = getattr(model, PREPARE)
     own, ids, config = (arguments.get(name) for name in ("model_kwargs", "input_ids", "generation_config"))
     if own is None or ids is None or own.get("inputs_embeds") is not None or not isinstance(own.get(CACHE), Cache):
         return
-    if getattr(prepare, "func", getattr(prepare, "__func__", None)) not in _PREPARING:
+    if not is_ours(model, PREPARE):
         return
     mask = own.get("attention_mask")  # a mask that hides nothing is left out by newer versions, which note its length
     whole = mask.shape[1] if mask is not None else getattr(config, "_mask_length", ids.shape[1])
@@ -213,12 +208,16 @@ def _masks_for_generate(model: Any, **kwargs: Any) -> Any:
 
 
 def _candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
+    return _generator(model, functools.partial(type(model)._get_candidate_generator, model), *args, **kwargs)
+
+
+def _generator(model: Any, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Transformers' own candidate generator; the cache learns how many candidates may be taken back at once."""
     own = _without_pass(kwargs)
-    generator = _expected(type(model)._get_candidate_generator(model, *args, **own), own)
+    generator = _expected(make(*args, **own), own)
     if not hasattr(model.config, "num_hidden_layers"):  # early exit lowers it for the draft, and puts it back
         generator.get_candidates = functools.partial(_counted, model, unheld(generator, "get_candidates"))
-    generator = in_rounds(generator, model, kwargs)
+    in_rounds(generator, model, kwargs)
     _note_past(model, kwargs)
     return generator
 
@@ -249,7 +248,6 @@ def _set_recording(cache: Any, candidates: int, *, grows: bool) -> None:
         layer.record(candidates + SLACK, grows)
 
 
-_PREPARING = (_prepare_inputs, RecurrentGeneration.prepare_inputs_for_generation)
 # Methods of the host that patching replaces on the instance.
 _REPLACED: dict[str, Callable[..., Any]] = {
     "_supports_default_dynamic_cache": _supports_default_cache,

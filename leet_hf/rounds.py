@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +18,8 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, PromptLookupCandidateGenerator
 
-from .ahead import PASS, Pass, asked_again
-from .draft import Draft, unheld
+from .ahead import PASS, Ahead, Pass
+from .draft import Draft, logits_of, unheld
 from .obstacles import MOST_TOKENS
 from .upgrade import recurrent_layers
 from .versions import CACHE
@@ -30,33 +29,6 @@ if TYPE_CHECKING:
 
 _LOOP = GenerationMixin._assisted_decoding.__code__
 LONGEST = 0.03  # seconds of rounds before transformers' loop sees their tokens: streams go on, and its share is small
-
-
-@dataclass
-class Verified:
-    """Tokens that rounds have run after the first `length` ones of a cache. hidden_states: [1, tokens, hidden].
-
-    noted: how many its layers are to take back, which are these and those of the last round that were not right.
-    """
-
-    step: Step
-    cache: Any
-    length: int
-    hidden_states: Tensor
-    noted: int
-
-    @property
-    def tokens(self) -> int:
-        return self.hidden_states.shape[1]
-
-    def is_asked_for(self, cache: Any, ids: Tensor, mask: Tensor | None) -> bool:
-        """Whether a forward of tokens ids [B, T] after a cache is that of these; then the cache has them again."""
-        tokens = self.tokens
-        if cache is not self.cache or ids.shape != (1, tokens) or int(cache.get_seq_length()) != self.length:
-            return False
-        if mask is not None and mask.shape != (1, self.length + tokens):
-            return False
-        return asked_again(cache, tokens, self.noted)
 
 
 class Rounds:
@@ -70,28 +42,24 @@ class Rounds:
         assert granted.bounds is not None
         self._model, self._granted, self._cache, self._on_host = model, granted, cache, on_host
         self._longest, self._ends = granted.bounds
-        self._known: Tensor | None = None  # the CPU's copy of the tokens, [1, T], while they are the loop's too
-        self._ran = 0  # tokens that the loop was last given as right, with the one behind them
+        self._ran = False  # whether what the loop was last given comes from rounds
         self._get, self._update = (unheld(generator, name) for name in ("get_candidates", "update_candidate_strategy"))
         generator.get_candidates, generator.update_candidate_strategy = self.candidates, self.update
 
     def candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """input_ids [1, T] to (these and n tokens that are right, [1, T + n], None), or to what the generator gives."""
-        self._ran = 0
+        new = []
         if not kwargs and sys._getframe(1).f_code is _LOOP and self._possible(input_ids):
             new = self._run(input_ids)
-            if new:
-                self._ran = len(new)
-                right = torch.tensor([new[:-1]], dtype=input_ids.dtype).to(input_ids.device, non_blocking=True)
-                return torch.cat((input_ids, right), dim=1), None
-        self._known = None
-        return self._get(input_ids, **kwargs)
+        self._ran = bool(new)
+        if not new:
+            return self._get(input_ids, **kwargs)
+        right = torch.tensor([new[:-1]], dtype=input_ids.dtype).to(input_ids.device, non_blocking=True)
+        return torch.cat((input_ids, right), dim=1), None
 
     def update(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
         """As the generator's, which has heard of every round by itself."""
-        if self._ran and num_matches + 1 != self._ran:
-            self._known = None
-        elif not self._ran:
+        if not self._ran:
             self._update(input_ids, scores, num_matches)
 
     def _possible(self, input_ids: Tensor) -> bool:
@@ -102,45 +70,40 @@ class Rounds:
 
     @torch.no_grad()
     def _run(self, input_ids: Tensor) -> list[int]:
-        """Run rounds after tokens input_ids [1, T] and note them as `Verified`: the tokens that come next, or none."""
+        """Run rounds after tokens input_ids [1, T] and note them as run ahead: the tokens that come next, or none."""
         until = time.perf_counter() + LONGEST
-        cache, start = self._cache, input_ids.shape[1]
-        known, device = self._on_the_host(input_ids), input_ids.device
+        cache, start, granted = self._cache, input_ids.shape[1], self._granted
+        text = input_ids.cpu() if self._on_host else input_ids
         new: list[int] = []
+        before = int(text[0, -1])
         hidden: list[Tensor] = []
         step: Step | None = None
         keep = min(0 if layer.state is None else layer.state.keep for layer in recurrent_layers(cache))
         # All of them must be there to be taken back, whatever the next round brings.
         while len(new) + MOST_TOKENS <= keep and start + len(new) < self._longest and time.perf_counter() < until:
-            found = self._get(known if self._on_host else input_ids)[0]
-            most = min(MOST_TOKENS, self._longest - start - len(new)) - 1
-            tried = found[0, start + len(new) :][:most].tolist()
-            ids = torch.tensor([[int(known[0, -1]), *tried]], dtype=input_ids.dtype)
-            logits = self._logits(ids.to(device, non_blocking=True), start - 1 + len(new))
-            last = self._granted.last
-            if last is None:  # not by a recorded step, whose result could be given again
+            most = min(MOST_TOKENS, self._longest - text.shape[1]) - 1
+            tried = self._get(text)[0][0, text.shape[1] :][:most].tolist()
+            ids = torch.tensor([[before, *tried]], dtype=text.dtype).to(input_ids.device, non_blocking=True)
+            logits = logits_of(self._model, ids, text.shape[1] - 1, cache, granted)
+            if granted.last is None:  # not by a recorded step, whose result could be given again
                 cache.crop(-ids.shape[1])
                 break
-            chosen = logits.argmax(-1).tolist()
-            right = self._agreed(tried, chosen)
+            right = self._agreed(tried, logits[0].argmax(-1).tolist())
             cache.crop(len(right) - ids.shape[1])
-            step, seen = last[0], self._granted.hidden_states
+            step, seen = granted.last[0], granted.hidden_states
             assert seen is not None
             hidden.append(seen[:, : len(right)])
             new += right
-            more = torch.tensor([right], dtype=input_ids.dtype)
-            known = torch.cat((known, more), dim=1)
-            if not self._on_host:
-                input_ids = torch.cat((input_ids, more.to(device, non_blocking=True)), dim=1)
-            self._update(input_ids, logits[None], len(right) - 1)
-            if right[-1] in self._ends:
+            before = right[-1]
+            text = torch.cat((text, torch.tensor([right], dtype=text.dtype).to(text.device, non_blocking=True)), dim=1)
+            self._update(text, logits, len(right) - 1)
+            if before in self._ends:
                 break
         if new:
             assert step is not None
-            self._known = known
             cache.crop(-len(new))
             noted = recurrent_layers(cache)[0].taken
-            self._granted.verified = Verified(step, cache, start - 1, torch.cat(hidden, dim=1), noted)
+            granted.ahead = Ahead(step, cache, start - 1, torch.cat(hidden, dim=1), noted)
         return new
 
     def _agreed(self, tried: list[int], chosen: list[int]) -> list[int]:
@@ -152,18 +115,8 @@ class Rounds:
                 break
         return right
 
-    def _logits(self, ids: Tensor, length: int) -> Tensor:
-        """Logits [T, vocabulary] of tokens ids [1, T], the first of which comes after `length` others."""
-        positions = torch.arange(length, length + ids.shape[1], device=ids.device)[None]
-        arguments = {CACHE: self._cache, PASS: self._granted}
-        return self._model(input_ids=ids, position_ids=positions, use_cache=True, **arguments).logits[0]
 
-    def _on_the_host(self, input_ids: Tensor) -> Tensor:
-        """A copy of the tokens on the CPU."""
-        return input_ids.cpu() if self._known is None else self._known
-
-
-def in_rounds(generator: Any, model: Any, arguments: dict[str, Any]) -> Any:
+def in_rounds(generator: Any, model: Any, arguments: dict[str, Any]) -> None:
     """Let the candidate generator of a generate() call work in rounds, if that call's tokens are known to be the same.
 
     arguments: those that the generator was made with. Greedy decoding without logits processors, to a length or a
@@ -171,19 +124,16 @@ def in_rounds(generator: Any, model: Any, arguments: dict[str, Any]) -> Any:
     """
     own, config = arguments.get("model_kwargs", {}), arguments["generation_config"]
     granted, kind = own.get(PASS), type(generator)
-    if granted is None or granted.bounds is None or kind not in (
-        AssistedCandidateGenerator, PromptLookupCandidateGenerator
-    ):  # fmt: skip
-        return generator
-    if config.do_sample or arguments.get("logits_processor") or getattr(config, "assistant_ensemble_weight", None):
-        return generator
-    if not plain_text(own):
-        return generator
+    if kind not in (AssistedCandidateGenerator, PromptLookupCandidateGenerator):
+        return
+    if granted is None or granted.bounds is None or config.do_sample or not plain_text(own):
+        return
+    if arguments.get("logits_processor") or getattr(config, "assistant_ensemble_weight", None):
+        return
     draft = getattr(generator, "assistant_model", model)
     if draft is not model and hasattr(getattr(draft, "_leet", None), "decoding"):
-        Draft(generator)
+        Draft(generator, granted.bounds[1])
     Rounds(generator, model, granted, own[CACHE], on_host=kind is PromptLookupCandidateGenerator)
-    return generator
 
 
 def plain_text(arguments: dict[str, Any]) -> bool:

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import tiny
-import tiny_retnet
 from fake_graphs import OPTIONS, FakeRecorder, ids, patched, replays, stock_tokens
 from leet_hf import patch_model
 from leet_hf.cache import RecurrentLayer
 from leet_hf.modes.helpers import perturbed
 from leet_hf.versions import CACHE, cache_of
+from test_decode_graphs_ahead import make
 
 pytestmark = pytest.mark.usefixtures("recorders")
 
@@ -128,7 +128,7 @@ def test_gradients_still_flow_through_a_cache_that_generate_made(recorders: list
 @pytest.mark.parametrize("pads", [0, 3])
 def test_assisted_decoding_goes_on_from_a_cache(kind: str, how: str, pads: int, recorders: list[FakeRecorder]) -> None:
     """Transformers' loop would read what the cache holds twice. Newer versions leave out a mask without pads."""
-    model = tiny_retnet.model("fla") if kind == "retnet" else patched(tiny.model(kind))
+    model = make(kind)
     options: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
     if how != "lookup":
         options = {"assistant_model": model if how == "itself" else patch_model(perturbed(model))}

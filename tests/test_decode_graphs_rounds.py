@@ -11,11 +11,12 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.streamers import BaseStreamer
 
 import tiny
-import tiny_retnet
-from fake_graphs import FakeRecorder, ids, patched, replays
+from fake_graphs import FakeRecorder, ids, replays
 from leet_hf import patch_model, rounds
+from leet_hf.ahead import Ahead
 from leet_hf.modes.helpers import perturbed
 from leet_hf.versions import CACHE, cache_of
+from test_decode_graphs_ahead import make, without
 
 LOOKUP = {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 2}
 RETURNED = {"return_dict_in_generate": True, "output_scores": True}
@@ -35,25 +36,15 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each run of rounds found, as far as the loop then asked for these."""
     found: list[int] = []
-    asked = rounds.Verified.is_asked_for
+    asked = Ahead.is_asked_for
 
     def counted(self: Any, *args: Any) -> bool:
         answer = asked(self, *args)
-        found.extend([self.tokens] * answer)
+        found.extend([self.tokens] * (answer and self.running is None))
         return answer
 
-    monkeypatch.setattr(rounds.Verified, "is_asked_for", counted)
+    monkeypatch.setattr(Ahead, "is_asked_for", counted)
     return found
-
-
-def make(kind: str) -> Any:
-    return tiny_retnet.model("fla") if kind == "retnet" else patched(tiny.model(kind))
-
-
-def without(model: Any, kind: str) -> Any:
-    plain = make(kind)
-    plain.load_state_dict(model.state_dict())
-    return patch_model(plain, decode_graphs=False)
 
 
 def repetitive(tokens: int = 7, times: int = 5) -> torch.Tensor:
@@ -157,7 +148,7 @@ def test_a_loop_of_a_class_of_its_own_is_left_alone(ran: list[int], monkeypatch:
 def test_a_forward_that_is_another_than_that_of_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompt = make("linear-first"), repetitive()
     options: dict[str, Any] = RETURNED | {"max_new_tokens": 40, "do_sample": False}
-    monkeypatch.setattr(rounds.Verified, "is_asked_for", lambda *_: False)
+    monkeypatch.setattr(Ahead, "is_asked_for", lambda *_: False)
     same(model.generate(prompt, **LOOKUP, **options), without(model, "linear-first").generate(prompt, **options))
 
 
