@@ -218,7 +218,8 @@ def _merge(record: dict[str, Any], old: dict[str, Any], fields: tuple[str, ...])
 
 
 def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
-    """Rows as a Markdown table; numbers to three digits."""
+    """Rows as a Markdown table of those columns that some row has; numbers to three digits."""
+    columns = [column for column in columns if any(column in row for row in rows)]
 
     def cell(value: Any) -> str:
         if value is None:

@@ -197,7 +197,7 @@ def main() -> None:
     columns += ["both us", "torch both us", "both x torch", "both floor us"]
     if not rows:
         raise SystemExit(f"--only {chosen.only!r} names no kernel")
-    print(table(rows, [c for c in columns if any(c in r for r in rows)]))
+    print(table(rows, columns))
     print(f"wrote {path}")
 
 

@@ -301,7 +301,7 @@ def main() -> None:
         path = write(name, record, chosen.output, part_by="what" if chosen.only else "")
     if not rows:
         raise SystemExit(f"--only {chosen.only!r} names no part")
-    print(table(rows, [column for column in COLUMNS if any(column in row for row in rows)]))
+    print(table(rows, COLUMNS))
     plot(
         json.loads(path.read_text())["rows"],
         path.with_suffix(".png"),

@@ -20,7 +20,7 @@ def ops(record: dict[str, Any]) -> str:
     """Whole calls of the operator: ours, peers of the same run, fractions of the floor."""
     columns = ["shape", "ours ms", "fla ms", "x fla", "of floor %", "ours both ms", "fla both ms", "both x fla"]
     rows = record["rows"]
-    return table(rows, [c for c in [*columns, "both of floor %"] if any(c in row for row in rows)])
+    return table(rows, [*columns, "both of floor %"])
 
 
 def blocks(record: dict[str, Any]) -> str:
@@ -35,14 +35,14 @@ def blocks(record: dict[str, Any]) -> str:
 def step(record: dict[str, Any]) -> str:
     """The decode step, of one token and of four."""
     columns = ["shape", "T1 us", "fla us", "x fla", "read state us", "of state read %", "T4 us", "T4 / T1"]
-    return table(record["rows"], [c for c in columns if any(c in row for row in record["rows"])])
+    return table(record["rows"], columns)
 
 
 def generate(record: dict[str, Any]) -> str:
     """Whole models, a decoded token."""
     columns = ["what", "ours ms", "step ms", "peer ms", "x peer", "floor ms", "of floor %", "ours cache MB"]
     rows = [row for row in record["rows"] if "floor ms" in row]
-    return table(rows, [c for c in columns if any(c in row for row in rows)])
+    return table(rows, columns)
 
 
 def drafts(record: dict[str, Any]) -> str:
@@ -60,13 +60,13 @@ def prompts(record: dict[str, Any]) -> str:
 def train(record: dict[str, Any]) -> str:
     """Whole models, forward + backward."""
     columns = ["case", "who", "ms", "x ours", "tokens/s", "peak GiB", "of matmul %"]
-    return table(record["rows"], [c for c in columns if any(c in row for row in record["rows"])])
+    return table(record["rows"], columns)
 
 
 def fused(record: dict[str, Any]) -> str:
     """What surrounds the operator."""
     columns = ["kernel", "shape", "us", "torch us", "x torch", "both us", "both x torch"]
-    return table(record["rows"], [c for c in columns if any(c in row for row in record["rows"])])
+    return table(record["rows"], columns)
 
 
 # Plots beside the tables of a file: (plot, what it shows)

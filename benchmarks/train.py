@@ -233,7 +233,7 @@ def main() -> None:
         record = {"matmul_flops_per_second": rate, "rows": rows}
         path = write("train", record, chosen.output, part_by="case" if chosen.only else "")
         plot(json.loads(path.read_text())["rows"], path.with_suffix(".png"))
-    print(table(rows, [column for column in COLUMNS if any(column in row for row in rows)]))
+    print(table(rows, COLUMNS))
     print(f"wrote {path} and {path.with_suffix('.png').name}")
 
 

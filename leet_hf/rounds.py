@@ -72,7 +72,7 @@ class Rounds:
     def _run(self, input_ids: Tensor) -> list[int]:
         """Run rounds after tokens input_ids [1, T] and note them as run ahead: the tokens that come next, or none."""
         until = time.perf_counter() + LONGEST
-        cache, start, granted = self._cache, input_ids.shape[1], self._granted
+        cache, granted = self._cache, self._granted
         text = input_ids.cpu() if self._on_host else input_ids
         new: list[int] = []
         before = int(text[0, -1])
@@ -80,7 +80,7 @@ class Rounds:
         step: Step | None = None
         keep = min(0 if layer.state is None else layer.state.keep for layer in recurrent_layers(cache))
         # All of them must be there to be taken back, whatever the next round brings.
-        while len(new) + MOST_TOKENS <= keep and start + len(new) < self._longest and time.perf_counter() < until:
+        while len(new) + MOST_TOKENS <= keep and text.shape[1] < self._longest and time.perf_counter() < until:
             most = min(MOST_TOKENS, self._longest - text.shape[1]) - 1
             tried = self._get(text)[0][0, text.shape[1] :][:most].tolist()
             ids = torch.tensor([[before, *tried]], dtype=text.dtype).to(input_ids.device, non_blocking=True)
@@ -103,7 +103,7 @@ class Rounds:
             assert step is not None
             cache.crop(-len(new))
             noted = recurrent_layers(cache)[0].taken
-            granted.ahead = Ahead(step, cache, start - 1, torch.cat(hidden, dim=1), noted)
+            granted.ahead = Ahead(step, cache, input_ids.shape[1] - 1, torch.cat(hidden, dim=1), noted)
         return new
 
     def _agreed(self, tried: list[int], chosen: list[int]) -> list[int]:
