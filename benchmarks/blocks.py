@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from common import copy_bandwidth, options, require_cuda, table, timed, write
 
-from leet_linear_attention.triton.launch import Operands, Sweep, Terms, chunk_slots
+from leet_linear_attention.triton.launch import Operands, Sweep, Terms
 from leet_linear_attention.triton.tuning import SweepConfig
 
 # (chunk, rows, columns, warps, stages)
@@ -68,8 +68,7 @@ def runner(trial: Pass, config: SweepConfig, tokens: int) -> Any:
     sweep = Sweep(x, heads, reverse=trial.reverse, config=config)
     if not trial.terms:
         return lambda: sweep.run(x, None)
-    slots = chunk_slots(tokens, batch, batch, config.chunk, False)
-    states = torch.randn(slots, heads, trial.x, trial.y, device="cuda", dtype=torch.bfloat16)
+    states = sweep.chunk_states(x.a, normal(trial.y), normal(trial.x))
     terms = Terms(normal(trial.y), torch.empty(2, sweep.tiles, batch, tokens, heads, device="cuda"))
     return lambda: sweep.run(x, None, chunk_states=states, terms=terms)
 

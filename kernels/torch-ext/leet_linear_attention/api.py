@@ -139,6 +139,6 @@ def step_asks_the_device(state: DecodeState, tokens: int, method: str = "auto") 
 
     width_k, width_v = state.base.shape[2:]
     rows = 1 if tokens == 1 else tuning.block_of(tokens)
-    block_v = tuning.step_config(width_k, width_v, rows).block_v
     index = device.index if device.type == "cuda" else -1
-    return not tuning.step_fits(rows, state.buffer, width_k, block_v, state.keys.element_size(), index)
+    held = tuning.block_of(state.buffer)
+    return tuning.step_config(width_k, width_v, rows, held, state.keys.element_size(), index) is None

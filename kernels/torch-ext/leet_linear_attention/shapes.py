@@ -24,10 +24,3 @@ def state_heads(
 def sequence_count(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
     """N: packed sequences, or rows of the batch."""
     return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def sum_groups(grad: torch.Tensor, heads: int) -> torch.Tensor:
-    """Sum a gradient [B, T, H, D] over the state heads that share one of ``heads`` heads: [B, T, heads, D]."""
-    if grad.shape[2] == heads:
-        return grad
-    return grad.unflatten(2, (heads, -1)).sum(3)

@@ -2,6 +2,9 @@
 
 With R the gradient that reaches the state from the future, dq_t = scale * S_t do_t, dk_t = R_t v_t, dv_t = R_t^T k_t
 and dR obeys the operator's own recurrence with time reversed. So every gradient is one sweep (see ``sweep``).
+
+What the passes need besides lies, where there is room, in gradients that are not written yet: parts and state heads to
+be summed in those of later passes, the states before the chunks in those of k and v.
 """
 
 from __future__ import annotations
@@ -10,12 +13,16 @@ from typing import Any
 
 import torch
 
-from ..shapes import sequence_count, state_heads, sum_groups
+from ..shapes import state_heads
 from . import tuning
 from .decay_gradient import decay_gradient
-from .launch import Operands, Plans, Sweep, Terms, chunk_slots, form_of
+from .launch import Operands, Plans, Sweep, Terms, form_of
 
 _plans = Plans()
+# The passes by whose gradient they give.
+QUERIES, VALUES, KEYS = 0, 1, 2
+# The order where nothing is summed: each with the pass whose gradient's memory it uses.
+IN_TURN: tuple[tuple[int, int | None], ...] = ((QUERIES, None), (VALUES, None), (KEYS, None))
 
 
 def backward(
@@ -47,50 +54,77 @@ def backward(
         dfinal = dfinal.contiguous() / scale
 
     passes = tuple(Operands(*abc, log_decay, cu_seqlens) for abc in ((do, v, k), (k, q, do), (v, do, q)))
-    queries, values, keys = _plans.of(
+    sweeps, order = _plans.of(
         (form_of(do, q, k, v, log_decay, cu_seqlens), q.device, heads, scale, need_log_decay, batch_invariant),
-        lambda: _sweeps(passes, heads, scale, need_log_decay, batch_invariant),
+        lambda: _sweeps(passes, (q, v, k), heads, scale, need_log_decay, batch_invariant),
     )
-    chunk_states = terms = None
+    queries, values, keys = sweeps
+    gradients = dq, dv, dk = q.new_empty(q.shape), v.new_empty(v.shape), k.new_empty(k.shape)
+    written: dict[int, torch.Tensor] = {}
+    chunk_states = terms = scores = None
     if need_log_decay:
         # The state before every chunk goes from the pass of dq to that of dk, which has the same chunks.
-        chunk, packed = keys.config.chunk, cu_seqlens is not None
-        slots = chunk_slots(q.shape[1], sequence_count(q, cu_seqlens), q.shape[0], chunk, packed)
-        # states outgrow float16's range
-        dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
-        chunk_states = q.new_empty((slots, heads, v.shape[-1], q.shape[-1]), dtype=dtype)
+        written = {KEYS: keys.written(dk), VALUES: values.written(dv)}
+        chunk_states = keys.chunk_states(q, written[KEYS], written[VALUES])
         terms = Terms(k, q.new_empty((2, keys.tiles, *q.shape[:2], heads), dtype=torch.float32))
+    else:
+        # The passes for q and k have the same scores: the directions of time and the places of do and v are opposite.
+        scores = queries.scores(passes[QUERIES])
 
-    # The passes for q and k have the same scores, as the directions of time and the places of do and v are opposite.
-    scores = None if need_log_decay else queries.scores(passes[0])
-    dq, _ = queries.run(passes[0], state, chunk_states=chunk_states, scores=scores)
-    dq = sum_groups(dq, q.shape[2])
-    # Both passes backward in time have the same states, seen from either side.
+    # Where nothing is summed the passes read nothing of one another (but for terms), so that the next begins where one
+    # leaves processors idle. Segments come with launches of their own, and with states that are given back when their
+    # pass was launched.
+    beside = order == IN_TURN and queries.cut.number == values.cut.number == 1
     wanted = initial_state is not None
-    segments, dinitial = values.segments(passes[1], dfinal, wanted)
-    # The three passes read nothing of one another (but for terms), so that the next begins where one leaves processors
-    # idle. Segments come with launches of their own, and with states that are given back when their pass was launched.
-    beside = terms is None and queries.cut.number == values.cut.number == 1
-    dv, last = values.run(passes[1], dfinal, final=wanted, segments=segments, beside=beside)
-    dv = sum_groups(dv, v.shape[2])  # one gradient per state head lives at a time
-    dinitial = last if dinitial is None else dinitial
-    dk, _ = keys.run(
-        passes[2], dfinal, segments=segments, chunk_states=chunk_states, terms=terms, scores=scores, beside=beside
-    )
+    segments = dinitial = None
+    for i, spare in order:
+        into = written.get(i)
+        if into is None:
+            into = sweeps[i].written(gradients[i], None if spare is None else gradients[spare])
+        if i == QUERIES:
+            queries.run(passes[i], state, out=dq, written=into, chunk_states=chunk_states, scores=scores)
+            continue
+        if segments is None:  # both passes backward in time have the same states, seen from either side
+            segments, dinitial = values.segments(passes[VALUES], dfinal, wanted)
+        if i == VALUES:
+            _, last = values.run(
+                passes[i], dfinal, out=dv, written=into, final=wanted, segments=segments, beside=beside
+            )
+            dinitial = last if dinitial is None else dinitial
+        else:
+            keys.run(
+                passes[i], dfinal, out=dk, written=into, segments=segments, chunk_states=chunk_states, terms=terms,
+                scores=scores, beside=beside,
+            )  # fmt: skip
     if dinitial is not None:
         dinitial *= scale
     dlog_decay = None
     if terms is not None and log_decay is not None:
         dlog_decay = decay_gradient(terms.out, log_decay, cu_seqlens, scale, keys.config.chunk)
-    return dq, sum_groups(dk, k.shape[2]), dv, dlog_decay, dinitial
+    return dq, dk, dv, dlog_decay, dinitial
 
 
 def _sweeps(
-    passes: tuple[Operands, ...], heads: int, scale: float, need_log_decay: bool, batch_invariant: bool
-) -> tuple[Sweep, Sweep, Sweep]:
-    """The passes for the gradients of q, v and k."""
+    passes: tuple[Operands, ...],
+    inputs: tuple[torch.Tensor, ...],
+    heads: int,
+    scale: float,
+    need_log_decay: bool,
+    batch_invariant: bool,
+) -> tuple[tuple[Sweep, Sweep, Sweep], tuple[tuple[int, int | None], ...]]:
+    """The passes for the gradients of the inputs q, v and k, and their order, each with whose memory it may sum in."""
     options: dict[str, Any] = {"scale": scale, "whole": batch_invariant}
-    queries = Sweep(passes[0], heads, transposed=True, **options)
-    values = Sweep(passes[1], heads, reverse=True, **options)
+    queries = Sweep(passes[QUERIES], heads, transposed=True, **options)
+    values = Sweep(passes[VALUES], heads, reverse=True, **options)
     config = tuning.with_terms(queries.config) if need_log_decay else None
-    return queries, values, Sweep(passes[2], heads, reverse=True, transposed=True, config=config, **options)
+    sweeps = queries, values, Sweep(passes[KEYS], heads, reverse=True, transposed=True, config=config, **options)
+    if need_log_decay:
+        return sweeps, ((QUERIES, None), (KEYS, None), (VALUES, None))
+    summed = [sweep.summed(x.shape[2]) for sweep, x in zip(sweeps, inputs, strict=True)]
+    if not any(summed):
+        return sweeps, IN_TURN
+    # Those that need most memory come first, when most is free.
+    first = sorted(range(3), key=lambda i: -summed[i])
+    later = [first[place + 1 :] for place in range(3)]
+    spares = [max(rest, key=lambda i: inputs[i].numel()) if rest else None for rest in later]
+    return sweeps, tuple(zip(first, spares, strict=True))

@@ -10,7 +10,7 @@ import torch
 from ..shapes import sequence_count
 from . import tuning
 from .launcher import Launch, Launcher, aligned_strides, can_overlap, device_index
-from .operands import Operands, Segments, Terms
+from .operands import ChunkStates, Operands, Segments, Terms
 from .sweep import scan_kernel, sweep_kernel
 from .wide_launch import Wide
 
@@ -38,11 +38,6 @@ class Plans:
 def form_of(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """All that a plan may depend on of tensors of one device: not their contents, not their addresses."""
     return tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors])
-
-
-def chunk_slots(tokens: int, sequences: int, batch: int, chunk: int, packed: bool) -> int:
-    """Places for one state per chunk: packed sequences need at most one extra each."""
-    return tokens // chunk + sequences if packed else batch * tuning.blocks(tokens, chunk)
 
 
 class Sweep:
@@ -115,25 +110,69 @@ class Sweep:
         """The scores that a wide pass reads, for its ``run``; None of any other pass."""
         return None if self.wide is None else self.wide.scores(x)
 
+    def chunk_states(self, like: torch.Tensor, near: torch.Tensor, far: torch.Tensor) -> ChunkStates:
+        """Places for the state that meets each chunk of this pass, or of the opposite one with the same chunks.
+
+        near, far: contiguous memory of as many entries as [B, T, H, Y] and [B, T, H, X] in ``like``'s dtype that nobody
+        reads or writes in these passes, or that is this pass's own outputs; it serves where a state fits.
+        """
+        chunk = self.config.chunk
+        # States outgrow float16's range.
+        dtype = torch.float32 if like.dtype == torch.float16 else like.dtype
+        lent = dtype == like.dtype and (self.x <= chunk or (self.x <= 2 * chunk and self.y <= self.x))
+        ragged = self.sequences if self.packed or self.tokens % chunk else 0
+        if lent:
+            slots = ragged
+        else:
+            # packed sequences need at most one extra each
+            slots = self.batch * (self.tokens // chunk) + ragged
+        states = like.new_empty((slots, self.heads, self.x, self.y), dtype=dtype)
+        return ChunkStates(states, near, far) if lent else ChunkStates(states)
+
+    def summed(self, heads: int) -> int:
+        """Entries of what is summed to outputs of ``heads`` heads; 0 where the launch writes the outputs themselves."""
+        if self.parts == 1 and heads == self.heads:
+            return 0
+        return self.parts * self.batch * self.tokens * self.heads * self.y
+
+    def written(self, out: torch.Tensor, spare: torch.Tensor | None = None) -> torch.Tensor:
+        """What a launch writes for outputs ``out`` [B, T, heads, Y]: these, or what is summed, [parts, B, T, H, Y].
+
+        spare: contiguous memory of out's dtype that nobody reads or writes until the sum is made; it serves if large
+        enough.
+        """
+        entries = self.summed(out.shape[2])
+        if entries == 0:
+            return out
+        shape = (self.parts, self.batch, self.tokens, self.heads, self.y)
+        # Two roundings for one, and half the memory; but parts in float16 could overflow where their sum does not.
+        dtype = torch.float32 if self.parts > 1 and out.dtype == torch.float16 else out.dtype
+        if spare is not None and spare.dtype == dtype and spare.numel() >= entries:
+            return spare.view(-1)[:entries].view(shape)
+        return out.new_empty(shape, dtype=dtype)
+
     def run(
         self,
         x: Operands,
         state: torch.Tensor | None,
         *,
+        out: torch.Tensor | None = None,
+        written: torch.Tensor | None = None,
         final: bool = False,
         segments: Segments | None = None,
         scores: torch.Tensor | None = None,
-        chunk_states: torch.Tensor | None = None,
+        chunk_states: ChunkStates | None = None,
         terms: Terms | None = None,
         beside: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The outputs [B, T, H, Y] in a's dtype, and the last state if wanted (None where ``segments`` were given).
 
-        segments: what `segments` gave for this pass, or for one with the same states in the other order of X and Y.
-        scores: what `scores` gave for this pass, or for one with a and b, and the directions of time, exchanged.
-        chunk_states: [slots, H, X, Y], receives the state that meets each chunk; with ``terms`` holds those of the
-        opposite pass. beside: whether it may run while the launch in front of it does: it reads nothing of that one's,
-        and no memory that one uses was given back since. Only passes backward in time do.
+        out: where they go, contiguous; of fewer heads than H, each takes the sum of the state heads that share it.
+        written: what `written` gave for ``out``. segments: what `segments` gave for this pass, or for one with the same
+        states in the other order of X and Y. scores: what `scores` gave for this pass, or for one with a and b, and the
+        directions of time, exchanged. chunk_states: receives the state that meets each chunk; with ``terms`` holds
+        those of the opposite pass. beside: whether it may run while the launch in front of it does: it reads nothing of
+        that one's, and no memory that one uses was given back since. Only passes backward in time do.
         """
         last = None
         if segments is None:
@@ -141,23 +180,35 @@ class Sweep:
         one = segments.number == 1
         if final and one:
             last = self._state(x)
-        shape = (self.batch, self.tokens, self.heads, self.y)
-        split = self.parts > 1
-        # Two roundings for one, and half the memory; but parts in float16 could overflow where their sum does not.
-        dtype = torch.float32 if split and x.a.dtype == torch.float16 else x.a.dtype
-        out = x.a.new_empty((self.parts, *shape) if split else shape, dtype=dtype)
+        if out is None:
+            out = x.a.new_empty((self.batch, self.tokens, self.heads, self.y))
+        if written is None:
+            written = self.written(out)
         if self.programs:
             state_in, state_out = (state, last) if one else (segments.starts, None)
             if self.wide is not None and chunk_states is None and terms is None:
-                self.wide.run(x, segments, scores, out, state_in, state_out)
+                self.wide.run(x, segments, scores, written, state_in, state_out)
             else:
                 self._launch(
-                    x, segments, out=out, state_in=state_in, state_out=state_out, chunk_states=chunk_states,
+                    x, segments, out=written, state_in=state_in, state_out=state_out, chunk_states=chunk_states,
                     terms=terms, beside=beside,
                 )  # fmt: skip
-        if split:  # the widest rows take two programs
-            out = torch.add(*out, out=x.a.new_empty(shape))
+        if written is not out:
+            self._sum(written, out)
         return out, last
+
+    def _sum(self, written: torch.Tensor, out: torch.Tensor) -> None:
+        """The sum of all parts, and of the state heads that share one of ``out``'s."""
+        total = written[0]
+        heads = out.shape[2]
+        if self.parts > 1:  # the widest rows take two programs
+            total = torch.add(*written, out=out if heads == self.heads else total)
+        if heads != self.heads:
+            total = total.unflatten(2, (heads, -1))
+            if total.dtype == out.dtype:
+                torch.sum(total, 3, out=out)
+            else:
+                out.copy_(total.sum(3))
 
     def _state(self, x: Operands) -> torch.Tensor:
         return x.a.new_empty((self.sequences, self.heads, *self.state_shape), dtype=torch.float32)
@@ -171,26 +222,27 @@ class Sweep:
         state_in: torch.Tensor | None = None,
         state_out: torch.Tensor | None = None,
         g_sum: torch.Tensor | None = None,
-        chunk_states: torch.Tensor | None = None,
+        chunk_states: ChunkStates | None = None,
         terms: Terms | None = None,
         skip: int = 0,
         beside: bool = False,
     ) -> None:
         keys, into = (None, None) if terms is None else terms
+        states, near, far = (None, None, None) if chunk_states is None else chunk_states
         tensors = (
-            x.a, x.b, x.c, keys, x.log_decay, out, state_in, state_out, g_sum, chunk_states, into, x.cu_seqlens,
+            x.a, x.b, x.c, keys, x.log_decay, out, state_in, state_out, g_sum, states, near, far, into, x.cu_seqlens,
         )  # fmt: skip
-        form = (segments.number, segments.length, skip, beside, *[t is None for t in tensors[5:11]])
+        form = (segments.number, segments.length, skip, beside, *[t is None for t in tensors[5:13]])
         launch = self._launches.get(form)
         if launch is None:
             launch = self._launches[form] = self._prepared(
-                x, segments, keys, skip, beside, *[t is not None for t in tensors[5:11]]
+                x, segments, keys, skip, beside, *[t is not None for t in tensors[5:13]]
             )
         launch(*tensors)
 
     def _prepared(
         self, x: Operands, segments: Segments, keys: torch.Tensor | None, skip: int, beside: bool,
-        out: bool, state_in: bool, state_out: bool, g_sum: bool, chunk_states: bool, terms: bool,
+        out: bool, state_in: bool, state_out: bool, g_sum: bool, states: bool, near: bool, far: bool, terms: bool,
     ) -> Launch:  # fmt: skip
         """The launch of operands of this form with these tensors: see `sweep_kernel`."""
         a, b, c, g, config = x.a, x.b, x.c, x.log_decay, self.config
@@ -209,8 +261,8 @@ class Sweep:
             ),
             (
                 self.x, self.y, config.chunk, config.block_x, config.block_y, self.decay, self.reverse, self.packed,
-                align, config.warps > 4, out, state_in, state_out, chunk_states and not terms, terms, g_sum,
-                a.dtype == torch.float32, a.dtype == torch.float16, overlap,
+                align, config.warps > 4, out, state_in, state_out, states and not terms, near, terms,
+                g_sum, a.dtype == torch.float32, a.dtype == torch.float16, overlap,
             ),
             config.warps, config.stages, overlap and self.reverse,
         )  # fmt: skip

@@ -26,6 +26,20 @@ class Segments(NamedTuple):
     starts: torch.Tensor | None = None
 
 
+class ChunkStates(NamedTuple):
+    """Where the states that meet the chunks of C tokens lie, [X, Y] each.
+
+    Without ``near`` in states [slots, H, X, Y], a slot for each chunk. With it, those of whole chunks lie in memory
+    that is needed later: near [B, T, H, Y] and far [B, T, H, X], row x < C of the state in the chunk's x-th token of
+    near, row C + x in that of far. states [sequences, H, X, Y] then holds those of chunks that a sequence's end cuts
+    short.
+    """
+
+    states: torch.Tensor
+    near: torch.Tensor | None = None
+    far: torch.Tensor | None = None
+
+
 class Terms(NamedTuple):
     """What the gradient of log_decay takes of the pass for the gradient of k.
 

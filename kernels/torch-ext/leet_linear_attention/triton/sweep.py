@@ -40,14 +40,15 @@ def power(g, DECAY: tl.constexpr):
     ]
 )  # fmt: skip
 def sweep_kernel(
-    a_ptr, b_ptr, c_ptr, d_ptr, g_ptr, out_ptr, s_in_ptr, s_out_ptr, g_sum_ptr, chunks_ptr, terms_ptr, cu_ptr,
+    a_ptr, b_ptr, c_ptr, d_ptr, g_ptr, out_ptr, s_in_ptr, s_out_ptr, g_sum_ptr, chunks_ptr, near_ptr, far_ptr,
+    terms_ptr, cu_ptr,
     T, rows, segment, n_segments, skip, H, group_a, group_b, group_c, group_d, group_g, scale,
     sab, sat, sah, sbb, sbt, sbh, scb, sct, sch, sdb, sdt, sdh, sgb, sgt, sgh, ssx, ssy, beside,
     X: tl.constexpr, Y: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr, APART: tl.constexpr,
     HAS_OUT: tl.constexpr, HAS_S_IN: tl.constexpr, HAS_S_OUT: tl.constexpr, HAS_CHUNKS: tl.constexpr,
-    HAS_TERMS: tl.constexpr, SEGMENTED: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    LENT: tl.constexpr, HAS_TERMS: tl.constexpr, SEGMENTED: tl.constexpr, IS_FP32: tl.constexpr,
+    IS_FP16: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences * H * (segments - ``skip``) * tiles of the state,), tiles fastest.
 
@@ -58,6 +59,7 @@ def sweep_kernel(
 
     HAS_CHUNKS writes the state that meets each chunk, [slots, H, X, Y]. HAS_TERMS reads those of the opposite pass and,
     with d (as wide as c), writes the terms of the gradient of log_decay, [2, tiles, B, T, H] (see ``decay_gradient``).
+    LENT: see ``operands.ChunkStates``; out may be ``near``, as a program has read a chunk's state when it writes there.
 
     OVERLAP: the launch behind this one may begin while this one runs. beside: 1 if this one has nothing to do with the
     launch in front of it and need not wait for its end, only end no sooner.
@@ -170,11 +172,24 @@ def sweep_kernel(
             g_next = tl.load(g_ptr + (t1 + r) * sgt, mask=r < tl.where(i + 1 < n_chunks, end - t1, 0), other=0.0)
 
         if HAS_CHUNKS or HAS_TERMS:
-            i_first = (bos // C + i_n) if PACKED else i_n * tl.cdiv(T, C)
-            slot = ((i_first + (begin // C) + i_c) * H + i_h) * X * Y
+            if LENT:
+                # Short chunks keep theirs as one tile: rows of Y behind one another.
+                whole = n_valid == C
+                short = chunks_ptr + i_nh * X * Y
+                stride = tl.where(whole, H, 1) * Y
+                at = tl.where(whole, near_ptr + (row + t0 * H) * Y, short)
+                at_row = at + (x % C) * stride
+                if X > C:
+                    stride = tl.where(whole, H * X, Y)
+                    at = tl.where(whole, far_ptr + (row + t0 * H) * X, short + C * Y)
+                    at_row = tl.where(x < C, at_row, at + (x % C) * stride)
+                at_chunk = at_row[:, None] + y[None, :]
+            else:
+                i_first = (bos // C + i_n) if PACKED else i_n * tl.cdiv(T, C)
+                at_chunk = chunks_ptr + ((i_first + (begin // C) + i_c) * H + i_h) * X * Y + o_chunk
         if HAS_CHUNKS:
             state = S * held if IS_FP16 else S
-            tl.store(chunks_ptr + slot + o_chunk, state.to(chunks_ptr.dtype.element_ty), mask=mask_state)
+            tl.store(at_chunk, state.to(chunks_ptr.dtype.element_ty), mask=mask_state)
 
         if HAS_OUT:
             a = tl.load(a_ptr + t0 * sat + (r[:, None] * sat + x[None, :]), mask=tile_x, other=0.0)
@@ -198,7 +213,7 @@ def sweep_kernel(
                 by = tl.full((C,), 1.0, dtype=tl.float32)
             if HAS_TERMS:
                 d = tl.load(d_ptr + t0 * sdt + (r[:, None] * sdt + y[None, :]), mask=tile_y, other=0.0)
-                before = tl.load(chunks_ptr + slot + o_chunk, mask=mask_state, other=0.0)
+                before = tl.load(at_chunk, mask=mask_state, other=0.0)
                 to_query = from_start if DECAY == 1 else tl.exp2(G.to(tl.float32))
                 over_chunk = power(g_chunk, DECAY) * held
                 passing, ending = chunk_terms(A, b, c, d, o, S, before, to_query, over_chunk, n_valid - 1, C, IS_FP16)

@@ -149,35 +149,53 @@ def segments(tokens: int, config: SweepConfig, programs: int, device_index: int)
 
 
 class StepConfig(NamedTuple):
-    """block_v: columns of the state one program of the decode step holds; warps, registers a thread: launch options."""
+    """block_v: columns of the state in a tile; warps, stages, registers a thread: launch options; tiles: the most that
+    one program takes, one after another."""
 
     block_v: int
     warps: int
+    stages: int
     registers: int | None = None
+    tiles: int = 1
 
 
 @functools.cache
-def step_config(key_dim: int, value_dim: int, rows: int) -> StepConfig:
-    """Configuration of the decode step of ``rows`` (padded) tokens: a tile of about 8192 state entries a program.
+def step_config(key_dim: int, value_dim: int, rows: int, held: int, itemsize: int, index: int) -> StepConfig | None:
+    """Configuration of a decode step of ``rows`` tokens into a buffer of ``held``, both padded.
 
-    From 64 rows on Triton takes Hopper's wide products, whose tiles must not be narrow (see `sweep_config`).
+    None where no block's shared memory holds it: device ``index``, -1 for Triton's interpreter.
     """
-    block_v = max(16, min(block_of(value_dim), 64, 8192 // block_of(key_dim)))
-    if rows >= 64:
-        return StepConfig(64, 8)
-    if rows == 16:  # 2 to 16 tokens, the products wait for one another: small programs, many on a processor
-        return StepConfig(block_v, 4, 96) if key_dim <= 128 else StepConfig(block_v, 2)
-    return StepConfig(block_v, 4, 128 if rows == 1 or key_dim <= 128 else None)
-
-
-def step_fits(rows: int, held: int, key_dim: int, block_v: int, itemsize: int, device_index: int) -> bool:
-    """Whether a decode step of ``rows`` new tokens into a buffer of ``held`` fits a block's shared memory.
-
-    Both are padded; an upper estimate.
-    """
-    if device_index < 0:
-        return True
     width = block_of(key_dim)
-    tokens = (2 * rows + held) * width + (rows + held) * block_v
-    products = rows * (rows + held) + width * block_v
-    return (tokens + products) * itemsize + held * block_v * 4 <= shared_memory(device_index)
+    if rows == 1:
+        # A tile of about 8192 state entries a program, four of which share a processor.
+        forms = [StepConfig(max(16, min(block_of(value_dim), 64, 8192 // width)), 4, 1, 128)]
+    elif itemsize == 2:
+        # Two tiles a program: of more, the first is in no cache any more when it folds. From 64 rows on Triton takes
+        # Hopper's wide products, whose tiles must not be narrow (see `sweep_config`).
+        warps, registers = (8, None) if rows >= 64 else (4, 128 if width <= 128 and rows == 16 else None)
+        columns = (64,) if rows >= 64 else (64, 32)
+        forms = [StepConfig(c, warps, stages, registers, 2) for c in columns for stages in (2, 1)]
+    else:
+        warps = 8 if rows >= 64 or width > 128 else 4
+        forms = [StepConfig(32, warps, stages, 255, 2) for stages in (2, 1)]
+    for form in forms:
+        if index < 0 or _step_bytes(form, width, rows, held, itemsize) <= shared_memory(index):
+            return form
+    return None
+
+
+def _step_bytes(form: StepConfig, width: int, rows: int, held: int, itemsize: int) -> int:
+    """Estimate from above of the shared memory of a decode step: the most that its three parts need."""
+    columns = form.block_v
+    scores = ((2 * rows + held) * width + rows * (rows + held)) * itemsize
+    loads = (form.stages - 1) * columns * (width * 4 + (rows + held) * itemsize)
+    tile = loads + (width * columns + (rows + held) * columns + 2 * rows * width + rows * (rows + held)) * itemsize
+    fold = width * columns * 4 + 16 * (width + 3 * columns) * itemsize
+    return max(scores, tile, fold) + 4096
+
+
+def step_tiles(form: StepConfig, tiles: int, heads: int, index: int) -> int:
+    """How many of a head's tiles a program takes where ``heads`` of them step: one if the device would stand idle."""
+    if index < 0:
+        return min(form.tiles, tiles)
+    return min(form.tiles, tiles) if heads * blocks(tiles, form.tiles) >= 4 * processors(index) else 1

@@ -1,0 +1,136 @@
+"""One launch of the buffered decode step for several tokens: see ``step`` for what it does and for one token.
+
+A program holds some tiles of columns of one head's base state, one after another: the next is on its way while one is
+multiplied, and the scores of the new tokens, a chain of small products, are worked out once for all of them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import dot, dot_narrow, narrow_dot, wait_for_inputs
+from .folding import fold, wide_sum
+
+
+@triton.jit(
+    do_not_specialize=[
+        "T", "H", "group_q", "group_k", "group_v", "group_g", "keep", "tiles",
+        "sqb", "sqt", "sqh", "skb", "skt", "skh", "svb", "svt", "svh", "sgb", "sgt", "sgh",
+    ]
+)  # fmt: skip
+def rows_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, base_ptr, keys_ptr, values_ptr, decays_ptr, cursor_ptr, out_ptr,
+    T, H, group_q, group_k, group_v, group_g, scale, keep, tiles,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sgb, sgt, sgh,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
+    BT: tl.constexpr, DECAY: tl.constexpr, ALIGN: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * H * blocks of ``tiles`` tiles of BV columns,), blocks fastest. T <= BT and N <= BN.
+
+    The ring has R = 2 N slots: keys [B, R, Hk, K], values [B, R, Hv, V], decays [B, R, H].
+    """
+    R: tl.constexpr = 2 * N
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    blocks = tl.cdiv(TILES, tiles)
+    first = (tl.program_id(0) % blocks) * tiles
+    behind = tl.minimum(first + tiles, TILES)
+    i_bh = (tl.program_id(0) // blocks).to(tl.int64)
+    i_b = i_bh // H
+    i_h = i_bh % H
+    h_k = i_h // group_k
+    h_v = i_h // group_v
+    heads_k = H // group_k
+    heads_v = H // group_v
+    wait_for_inputs(OVERLAP)
+    start = tl.load(cursor_ptr)
+    count = tl.load(cursor_ptr + 1)
+
+    # This head's part of the ring, and its new tokens. Strides come divided by ALIGN: the product tells the compiler
+    # that loads may be 16 bytes wide.
+    base_ptr += i_bh * K * V
+    keys_ptr += (i_b * R * heads_k + h_k) * K
+    values_ptr += (i_b * R * heads_v + h_v) * V
+    decays_ptr += i_b * R * H + i_h
+    sqt *= ALIGN
+    skt *= ALIGN
+    svt *= ALIGN
+    q_ptr += (i_b * sqb + (i_h // group_q) * sqh) * ALIGN
+    k_ptr += (i_b * skb + h_k * skh) * ALIGN
+    v_ptr += (i_b * svb + h_v * svh) * ALIGN
+    out_ptr += (i_b * T * H + i_h) * V
+
+    key = tl.arange(0, BK)
+    mask_k = key < K
+    t = tl.arange(0, BT)
+    new = t < T
+    if DECAY == 0:
+        g = tl.zeros((BT,), dtype=tl.float32)
+    elif DECAY == 1:
+        g = tl.where(new, tl.load(g_ptr + i_h // group_g), 0.0)
+    else:
+        g = tl.load(g_ptr + i_b * sgb + t * sgt + (i_h // group_g) * sgh, mask=new, other=0.0)
+    tile_k = new[:, None] & mask_k[None, :]
+    q = tl.load(q_ptr + (t * sqt)[:, None] + key[None, :], mask=tile_k, other=0.0)
+    k = tl.load(k_ptr + (t * skt)[:, None] + key[None, :], mask=tile_k, other=0.0)
+    G, _ = wide_sum(g, IS_FP32)
+
+    # Buffered tokens, oldest first.
+    n = tl.arange(0, BN)
+    slot = (start + n) % R
+    held = n < count
+    kb = tl.load(
+        keys_ptr + (slot * heads_k * K)[:, None] + key[None, :], mask=held[:, None] & mask_k[None, :], other=0.0
+    )
+    Gb, Gb_all = wide_sum(tl.load(decays_ptr + slot * H, mask=held, other=0.0), IS_FP32)
+
+    causal = t[:, None] >= t[None, :]
+    among = dot(q, tl.trans(k)) * tl.exp(tl.where(causal, G[:, None] - G[None, :], 0.0).to(tl.float32))
+    among = tl.where(causal, among, 0.0)
+    before = dot(q, tl.trans(kb)) * tl.exp((G[:, None] + (Gb_all - Gb)[None, :]).to(tl.float32))
+    before = tl.where(held[None, :], before, 0.0)
+    to_row = tl.exp((G + Gb_all).to(tl.float32))
+
+    # The new tokens' slots lie behind the buffered ones: 2 N of them, so none that is read in this launch is written.
+    at = (start + count + t) % R
+    given = t < tl.where(i_h % group_v == 0, T, 0)  # by the first of the heads that share values
+    for i in range(first, behind):
+        value = i * BV + tl.arange(0, BV)
+        mask_v = value < V
+        tile_s = mask_k[:, None] & mask_v[None, :]
+        tile_v = new[:, None] & mask_v[None, :]
+        S = tl.load(base_ptr + key[:, None] * V + value[None, :], mask=tile_s, other=0.0)
+        v = tl.load(v_ptr + (t * svt)[:, None] + value[None, :], mask=tile_v, other=0.0)
+        vb = tl.load(
+            values_ptr + (slot * heads_v * V)[:, None] + value[None, :], mask=held[:, None] & mask_v[None, :], other=0.0
+        )
+        o = dot_narrow(q, S, IS_FP16) * to_row[:, None]
+        o += narrow_dot(among, v, IS_FP16)
+        o += narrow_dot(before, vb, IS_FP16)
+        tl.store(out_ptr + (t * H * V)[:, None] + value[None, :], (o * scale).to(out_ptr.dtype.element_ty), mask=tile_v)
+        tl.store(values_ptr + (at * heads_v * V)[:, None] + value[None, :], v, mask=given[:, None] & mask_v[None, :])
+
+    # The oldest tokens are folded where the new ones find no room.
+    folded = count * 0
+    if count + T > N:
+        folded = tl.minimum(count, count + T - tl.maximum(keep, T))
+    if folded > 0:
+        # In a loop of its own: in the other it would cost registers. The last tile is the likeliest still in a cache.
+        for i in range(first, behind):
+            fold(
+                base_ptr, keys_ptr, values_ptr, decays_ptr, start, folded,
+                (first + behind - 1 - i) * BV + tl.arange(0, BV), heads_k * K, heads_v * V, H, K, V, BK, R, IS_FP32,
+                IS_FP16,
+            )  # fmt: skip
+
+    if first == 0:
+        tl.store(decays_ptr + at * H, g, mask=new)
+        if i_h % group_k == 0:
+            tl.store(keys_ptr + (at * heads_k * K)[:, None] + key[None, :], k, mask=tile_k)
+
+    # The last program of the launch moves the cursor: by then every other has read it.
+    if tl.atomic_add(cursor_ptr + 2, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(cursor_ptr, (start + folded) % R)
+        tl.store(cursor_ptr + 1, count - folded + T)
+        tl.store(cursor_ptr + 2, 0)
