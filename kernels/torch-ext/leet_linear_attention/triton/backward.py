@@ -9,6 +9,7 @@ be summed in those of later passes, the states before the chunks in those of k a
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -123,8 +124,15 @@ def _sweeps(
     summed = [sweep.summed(x.shape[2]) for sweep, x in zip(sweeps, inputs, strict=True)]
     if not any(summed):
         return sweeps, IN_TURN
-    # Those that need most memory come first, when most is free.
-    first = sorted(range(3), key=lambda i: -summed[i])
-    later = [first[place + 1 :] for place in range(3)]
-    spares = [max(rest, key=lambda i: inputs[i].numel()) if rest else None for rest in later]
-    return sweeps, tuple(zip(first, spares, strict=True))
+
+    def lent(order: tuple[int, ...]) -> list[int | None]:
+        """For each pass of an order the largest gradient that is still to be written."""
+        return [max(later, key=lambda i: inputs[i].numel()) if (later := order[n:]) else None for n in (1, 2, 3)]
+
+    def missing(order: tuple[int, ...]) -> list[int]:
+        """What each pass needs and finds no room for, the most first: one lives at a time."""
+        room = [0 if i is None else inputs[i].numel() for i in lent(order)]
+        return sorted((summed[i] if summed[i] > free else 0 for i, free in zip(order, room, strict=True)), reverse=True)
+
+    order = min(permutations(range(3)), key=missing)
+    return sweeps, tuple(zip(order, lent(order), strict=True))
