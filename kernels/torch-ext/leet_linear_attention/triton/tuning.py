@@ -163,7 +163,7 @@ class StepConfig(NamedTuple):
 def step_config(key_dim: int, value_dim: int, rows: int, held: int, itemsize: int, index: int) -> StepConfig | None:
     """Configuration of a decode step of ``rows`` tokens into a buffer of ``held``, both padded.
 
-    None where no block's shared memory holds it: device ``index``, -1 for Triton's interpreter.
+    None where no block holds it, and another method has to serve: device ``index``, -1 for Triton's interpreter.
     """
     width = block_of(key_dim)
     if rows == 1:
@@ -175,9 +175,11 @@ def step_config(key_dim: int, value_dim: int, rows: int, held: int, itemsize: in
         warps, registers = (8, None) if rows >= 64 else (4, 128 if width <= 128 and rows == 16 else None)
         columns = (64,) if rows >= 64 else (64, 32)
         forms = [StepConfig(c, warps, stages, registers, 2) for c in columns for stages in (2, 1)]
-    else:
+    elif held <= 128 and rows * held <= 4096:
         warps = 8 if rows >= 64 or width > 128 else 4
         forms = [StepConfig(32, warps, stages, 255, 2) for stages in (2, 1)]
+    else:
+        forms = []  # products in float32 are scalar code, which would take half a minute to compile
     for form in forms:
         if index < 0 or _step_bytes(form, width, rows, held, itemsize) <= shared_memory(index):
             return form
