@@ -19,15 +19,14 @@ def wide_sum(g, PRECISE: tl.constexpr):
 @triton.jit
 def gathered(S, k, v, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr):
     """S + k^T v: S [K, V] and v [N, V] float32; k [N, K], of 16 bits unless IS_FP32."""
-    high = v.to(k.dtype)
     if IS_FP32:
         S += dot(tl.trans(k), v)
     else:
         if IS_FP16:
             up, down = factors(tl.max(tl.abs(v), None), -100, 14)
             v *= up
-            high = v.to(k.dtype)
         # float32 holds 24 bits, a part in bfloat16 eight and one in float16 eleven.
+        high = v.to(k.dtype)
         rest = v - high.to(tl.float32)
         middle = rest.to(k.dtype)
         low = (rest - middle.to(tl.float32)).to(k.dtype)

@@ -59,7 +59,8 @@ def sweep_kernel(
 
     HAS_CHUNKS writes the state that meets each chunk, [slots, H, X, Y]. HAS_TERMS reads those of the opposite pass and,
     with d (as wide as c), writes the terms of the gradient of log_decay, [2, tiles, B, T, H] (see ``decay_gradient``).
-    LENT: see ``operands.ChunkStates``; out may be ``near``, as a program has read a chunk's state when it writes there.
+    LENT: see ``operands.ChunkStates``; out may be ``near``: as an operand of a product the state of a chunk has gone
+    through shared memory, and all threads past a barrier, when the chunk's outputs are written there.
 
     OVERLAP: the launch behind this one may begin while this one runs. beside: 1 if this one has nothing to do with the
     launch in front of it and need not wait for its end, only end no sooner.
