@@ -88,6 +88,7 @@ def operator_of(kernel: Kernel) -> Callable[..., tuple[Tensor, Tensor | None]]:
                     *(log_decay.stride() if log_decay is not None and decay == 2 else (0, 0, 0)),
                     K=key_dim, V=value_dim, BV=block_v, DECAY=decay, PACKED=cu_seqlens is not None,
                     PRECISE=q.dtype == torch.float32, **constants, num_warps=warps,
+                    enable_fp_fusion=True,  # as in `triton.launcher`
                 )  # fmt: skip
         return o, state if output_final_state else None
 

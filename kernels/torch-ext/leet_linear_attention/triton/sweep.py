@@ -184,6 +184,8 @@ def sweep_kernel(
                     stride = tl.where(whole, H * X, Y)
                     at = tl.where(whole, far_ptr + (row + t0 * H) * X, short + C * Y)
                     at_row = tl.where(x < C, at_row, at + (x % C) * stride)
+                if X % 8 == 0 and Y % 8 == 0:
+                    at_row = tl.multiple_of(at_row, 16)  # bytes, which Triton 3.9 does not see behind the choice
                 at_chunk = at_row[:, None] + y[None, :]
             else:
                 i_first = (bos // C + i_n) if PACKED else i_n * tl.cdiv(T, C)
