@@ -181,12 +181,12 @@ def step_config(key_dim: int, value_dim: int, rows: int, held: int, itemsize: in
     else:
         forms = []  # products in float32 are scalar code, which would take half a minute to compile
     for form in forms:
-        if index < 0 or _step_bytes(form, width, rows, held, itemsize) <= shared_memory(index):
+        if index < 0 or step_bytes(form, width, rows, held, itemsize) <= shared_memory(index):
             return form
     return None
 
 
-def _step_bytes(form: StepConfig, width: int, rows: int, held: int, itemsize: int) -> int:
+def step_bytes(form: StepConfig, width: int, rows: int, held: int, itemsize: int) -> int:
     """Estimate from above of the shared memory of a decode step: the most that its three parts need."""
     columns = form.block_v
     scores = ((2 * rows + held) * width + rows * (rows + held)) * itemsize

@@ -1,0 +1,113 @@
+"""Compiles the operator's kernels for an H100, without one: a program of its own, as here they are not interpreted.
+
+Prints a line of JSON for every compilation: the kernel's name, its shared memory in bytes, and what its code loads and
+stores.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import warnings
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import MockTensor
+
+from leet_linear_attention import DecodeState
+from leet_linear_attention.triton import backward, forward, step
+from leet_linear_attention.triton.launcher import Launcher
+
+CASES = ["plain", "per-token", "narrow", "wide", "steps"]
+
+
+class Driver:
+    """Stands for the driver of a device of which nothing is asked but what to compile for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def is_active(self) -> bool:
+        return True
+
+
+def compile_instead(
+    self: Launcher,
+    grid: tuple[int, ...],
+    device: int,
+    tensors: tuple[torch.Tensor | None, ...],
+    numbers: tuple[float, ...],
+    constants: tuple[Any, ...],
+    warps: int,
+    stages: int,
+    registers: int | None = None,
+    early: bool = False,
+) -> None:
+    """In place of `Launcher.__call__`."""
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, "launch_pdl": early}
+    if registers is not None:
+        options["maxnreg"] = registers
+    mocked = [None if x is None else MockTensor(x.dtype) for x in tensors]
+    constants = (*constants, True) if self.overlaps else constants
+    kernel = self._kernel.warmup(*mocked, *numbers, *constants, grid=grid, **options)
+    code = kernel.asm["ptx"]
+    found = {
+        "kernel": self._kernel.__name__,
+        "shared": kernel.metadata.shared,
+        "products": len(re.findall(r"wgmma\.mma_async|mma\.sync", code)),
+        # of 16 bits each, where 16 bytes at a time are as many as a thread can take
+        "narrow": len(re.findall(r"(?:ld|st)\.global(?:\.\w+)*\.[bu]16\s", code)),
+    }
+    print(json.dumps(found), flush=True)
+
+
+def operator(key_dim: int, value_dim: int, *, per_token: bool, tokens: int = 128) -> None:
+    """Compile forward and backward in bfloat16; with a decay per token its gradient too."""
+    heads = 2
+
+    def normal(width: int) -> torch.Tensor:
+        return torch.zeros(1, tokens, heads, width, dtype=torch.bfloat16)
+
+    q, k, v, do = normal(key_dim), normal(key_dim), normal(value_dim), normal(value_dim)
+    g = torch.zeros((1, tokens, heads) if per_token else (heads,))
+    forward.forward(q, k, v, g, None, None, 1.0, False)
+    backward.backward(do, None, q, k, v, g, None, None, 1.0, per_token)
+
+
+def steps(key_dim: int, value_dim: int, tokens: int) -> None:
+    """Compile the decode step of that many tokens in bfloat16."""
+    state = DecodeState.allocate(1, 2, key_dim, value_dim, buffer=16, dtype=torch.bfloat16)
+    q, k, v = (torch.zeros(1, tokens, 2, width, dtype=torch.bfloat16) for width in (key_dim, key_dim, value_dim))
+    tensors = (state.base, state.keys, state.values, state.log_decays, state.cursor)
+    step.step(q, k, v, torch.zeros(2), *tensors, 1.0, state.buffer, state.keep)
+
+
+def main(case: str) -> None:
+    warnings.simplefilter("error", UserWarning)  # what Triton would say to every user
+    triton.runtime.driver.set_active(Driver())
+    Launcher.__call__ = compile_instead  # type: ignore[method-assign]
+    if case == "plain":
+        operator(128, 128, per_token=False)
+    elif case == "per-token":
+        operator(128, 128, per_token=True)
+    elif case == "narrow":
+        operator(64, 128, per_token=True)
+    elif case == "wide":
+        operator(256, 512, per_token=False)
+    else:
+        for widths in ((128, 128), (256, 512)):
+            for tokens in (1, 4):
+                steps(*widths, tokens)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
