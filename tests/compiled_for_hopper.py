@@ -1,4 +1,4 @@
-"""Compiles the operator's kernels for an H100, without one: a program of its own, as here they are not interpreted.
+"""Compiles kernels for an H100, without one: a program of its own, as here they are not interpreted.
 
 Prints a line of JSON for every compilation: the kernel's name, its shared memory in bytes, and what its code loads and
 stores.
@@ -21,7 +21,7 @@ from leet_linear_attention import DecodeState
 from leet_linear_attention.triton import backward, forward, step
 from leet_linear_attention.triton.launcher import Launcher
 
-CASES = ["plain", "per-token", "narrow", "wide", "steps"]
+CASES = ["plain", "per-token", "narrow", "wide", "steps", "fused", "linear"]
 
 
 class Driver:
@@ -91,6 +91,47 @@ def steps(key_dim: int, value_dim: int, tokens: int) -> None:
     step.step(q, k, v, torch.zeros(2), *tensors, 1.0, state.buffer, state.keep)
 
 
+def fused() -> None:
+    """Compile what surrounds the operator, forward and backward in bfloat16."""
+    from leet_hf.fused import route
+    from leet_hf.fused.glu import gated
+    from leet_hf.fused.norm import rms_norm
+    from leet_hf.fused.norm_kernel import norm_of_sum
+    from leet_hf.fused.rotary import turned
+    from leet_hf.fused.silu_split import silu_split
+
+    route._INTERPRETING = True  # on a CPU too
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+
+    x, gate, weight = normal(8, 2048), normal(8, 2048), normal(2048)
+    rms_norm(x, weight, eps=1e-6, gate=gate, activation="sigmoid", method="triton").sum().backward()
+    rms_norm(x, weight, eps=1e-6, method="triton").sum().backward()
+    with torch.no_grad():
+        norm_of_sum(x, gate, weight, 1e-6, True, torch.bfloat16)
+    gated(x, gate, "silu", method="triton").sum().backward()
+    angles = torch.zeros(1, 8, 1, 128)
+    for kind in ("rope", "theta_shift"):
+        turned(
+            normal(1, 8, 4, 256), normal(1, 8, 4, 256), cos=angles.cos(), sin=angles.sin(), kind=kind, method="triton"
+        )
+    q, *_ = silu_split(normal(1, 8, 4 * 3 * 128), dim=128, method="triton")
+    q.sum().backward()
+
+
+def linear() -> None:
+    """Compile linear layers of a decode step."""
+    from leet_hf.fused.joined import gated_linear, joined_linear
+
+    for dtype, rows in ((torch.bfloat16, 1), (torch.bfloat16, 8), (torch.float32, 8)):
+        x, weight = torch.zeros(rows, 2048, dtype=dtype), torch.zeros(64, 2048, dtype=dtype)
+        joined_linear(x, [weight] * 4)
+        if dtype == torch.bfloat16:
+            gated_linear(x, weight, weight, "silu")
+            joined_linear(x, [weight])
+
+
 def main(case: str) -> None:
     warnings.simplefilter("error", UserWarning)  # what Triton would say to every user
     triton.runtime.driver.set_active(Driver())
@@ -103,6 +144,10 @@ def main(case: str) -> None:
         operator(64, 128, per_token=True)
     elif case == "wide":
         operator(256, 512, per_token=False)
+    elif case == "fused":
+        fused()
+    elif case == "linear":
+        linear()
     else:
         for widths in ((128, 128), (256, 512)):
             for tokens in (1, 4):
