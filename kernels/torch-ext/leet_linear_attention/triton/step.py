@@ -16,8 +16,8 @@ import triton.language as tl
 from ..torch_step import step as torch_step
 from . import tuning
 from .common import wait_for_inputs
-from .folding import fold, wide_sum
 from .launcher import Launcher, aligned_strides, device_index
+from .ring import fold, move_cursor, number_folded, part_of_head, wide_sum
 from .step_rows import rows_kernel
 
 
@@ -32,20 +32,13 @@ def step_kernel(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     DECAY: tl.constexpr, ALIGN: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H * blocks of V,), blocks fastest. N <= BN.
-
-    The ring has R = 2 N slots: keys [B, R, Hk, K], values [B, R, Hv, V], decays [B, R, H].
-    """
+    """Grid (B * H * blocks of V,), blocks fastest. N <= BN. Ring: ``ring``."""
     R: tl.constexpr = 2 * N
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % BLOCKS
     i_bh = (tl.program_id(0) // BLOCKS).to(tl.int64)
     i_b = i_bh // H
     i_h = i_bh % H
-    h_k = i_h // group_k
-    h_v = i_h // group_v
-    heads_k = H // group_k
-    heads_v = H // group_v
     wait_for_inputs(OVERLAP)
     start = tl.load(cursor_ptr)
     count = tl.load(cursor_ptr + 1)
@@ -54,18 +47,16 @@ def step_kernel(
     value = i_v * BV + tl.arange(0, BV)
     mask_k = key < K
     mask_v = value < V
-    base_ptr += i_bh * K * V
+    base_ptr, keys_ptr, values_ptr, decays_ptr, stride_k, stride_v = part_of_head(
+        base_ptr, keys_ptr, values_ptr, decays_ptr, i_bh, H, group_k, group_v, K, V, R
+    )
     mask_s = mask_k[:, None] & mask_v[None, :]
     S = tl.load(base_ptr + key[:, None] * V + value[None, :], mask=mask_s, other=0.0)
 
-    # This head's part of the ring, and its new token. Strides come divided by ALIGN: the product tells the compiler
-    # that loads may be 16 bytes wide.
-    keys_ptr += (i_b * R * heads_k + h_k) * K
-    values_ptr += (i_b * R * heads_v + h_v) * V
-    decays_ptr += i_b * R * H + i_h
+    # Strides come divided by ALIGN: the product tells the compiler that loads may be 16 bytes wide.
     q_ptr += (i_b * sqb + (i_h // group_q) * sqh) * ALIGN
-    k_ptr += (i_b * skb + h_k * skh) * ALIGN
-    v_ptr += (i_b * svb + h_v * svh) * ALIGN
+    k_ptr += (i_b * skb + (i_h // group_k) * skh) * ALIGN
+    v_ptr += (i_b * svb + (i_h // group_v) * svh) * ALIGN
     if DECAY == 0:
         g = tl.zeros((), dtype=tl.float32)
     elif DECAY == 1:
@@ -82,8 +73,8 @@ def step_kernel(
     held = n < count
     tile_k = held[:, None] & mask_k[None, :]
     tile_v = held[:, None] & mask_v[None, :]
-    kb = tl.load(keys_ptr + (slot * heads_k * K)[:, None] + key[None, :], mask=tile_k, other=0.0)
-    vb = tl.load(values_ptr + (slot * heads_v * V)[:, None] + value[None, :], mask=tile_v, other=0.0)
+    kb = tl.load(keys_ptr + (slot * stride_k)[:, None] + key[None, :], mask=tile_k, other=0.0)
+    vb = tl.load(values_ptr + (slot * stride_v)[:, None] + value[None, :], mask=tile_v, other=0.0)
     G, G_all = wide_sum(tl.load(decays_ptr + slot * H, mask=held, other=0.0), IS_FP32)
 
     # One row is too few for the matrix units.
@@ -95,29 +86,23 @@ def step_kernel(
     tl.store(out_ptr + i_bh * V + value, (o * scale).to(out_ptr.dtype.element_ty), mask=mask_v)
 
     # Fold the oldest tokens where the new one finds no room.
-    folded = count * 0
-    if count + 1 > N:
-        folded = tl.minimum(count, count + 1 - tl.maximum(keep, 1))
+    folded = number_folded(count, 1, keep, N)
     if folded > 0:
         fold(
-            base_ptr, keys_ptr, values_ptr, decays_ptr, start, folded, value, heads_k * K, heads_v * V, H, K, V, BK, R,
+            base_ptr, keys_ptr, values_ptr, decays_ptr, start, folded, value, stride_k, stride_v, H, K, V, BK, R,
             IS_FP32, IS_FP16,
         )  # fmt: skip
 
     # Append. Slots behind the buffered ones: 2 N of them, so none that is read in this launch is written.
     at = (start + count) % R
     if i_h % group_v == 0:
-        tl.store(values_ptr + at * heads_v * V + value, v, mask=mask_v)
+        tl.store(values_ptr + at * stride_v + value, v, mask=mask_v)
     if i_v == 0:
         tl.store(decays_ptr + at * H, g)
         if i_h % group_k == 0:
-            tl.store(keys_ptr + at * heads_k * K + key, k, mask=mask_k)
+            tl.store(keys_ptr + at * stride_k + key, k, mask=mask_k)
 
-    # The last program of the launch moves the cursor: by then every other has read it.
-    if tl.atomic_add(cursor_ptr + 2, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        tl.store(cursor_ptr, (start + folded) % R)
-        tl.store(cursor_ptr + 1, count - folded + 1)
-        tl.store(cursor_ptr + 2, 0)
+    move_cursor(cursor_ptr, start + folded, count - folded + 1, R)
 
 
 _step, _rows = Launcher(step_kernel, overlaps=True), Launcher(rows_kernel, overlaps=True)

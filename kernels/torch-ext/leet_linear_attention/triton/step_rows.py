@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .common import dot, dot_narrow, narrow_dot, wait_for_inputs
-from .folding import fold, wide_sum
+from .ring import fold, move_cursor, number_folded, part_of_head, wide_sum
 
 
 @triton.jit(
@@ -27,10 +27,7 @@ def rows_kernel(
     BT: tl.constexpr, DECAY: tl.constexpr, ALIGN: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H * blocks of ``tiles`` tiles of BV columns,), blocks fastest. T <= BT and N <= BN.
-
-    The ring has R = 2 N slots: keys [B, R, Hk, K], values [B, R, Hv, V], decays [B, R, H].
-    """
+    """Grid (B * H * blocks of ``tiles`` tiles of BV columns,), blocks fastest. T <= BT and N <= BN. Ring: ``ring``."""
     R: tl.constexpr = 2 * N
     TILES: tl.constexpr = (V + BV - 1) // BV
     blocks = tl.cdiv(TILES, tiles)
@@ -39,26 +36,20 @@ def rows_kernel(
     i_bh = (tl.program_id(0) // blocks).to(tl.int64)
     i_b = i_bh // H
     i_h = i_bh % H
-    h_k = i_h // group_k
-    h_v = i_h // group_v
-    heads_k = H // group_k
-    heads_v = H // group_v
     wait_for_inputs(OVERLAP)
     start = tl.load(cursor_ptr)
     count = tl.load(cursor_ptr + 1)
 
-    # This head's part of the ring, and its new tokens. Strides come divided by ALIGN: the product tells the compiler
-    # that loads may be 16 bytes wide.
-    base_ptr += i_bh * K * V
-    keys_ptr += (i_b * R * heads_k + h_k) * K
-    values_ptr += (i_b * R * heads_v + h_v) * V
-    decays_ptr += i_b * R * H + i_h
+    base_ptr, keys_ptr, values_ptr, decays_ptr, stride_k, stride_v = part_of_head(
+        base_ptr, keys_ptr, values_ptr, decays_ptr, i_bh, H, group_k, group_v, K, V, R
+    )
+    # Strides come divided by ALIGN: the product tells the compiler that loads may be 16 bytes wide.
     sqt *= ALIGN
     skt *= ALIGN
     svt *= ALIGN
     q_ptr += (i_b * sqb + (i_h // group_q) * sqh) * ALIGN
-    k_ptr += (i_b * skb + h_k * skh) * ALIGN
-    v_ptr += (i_b * svb + h_v * svh) * ALIGN
+    k_ptr += (i_b * skb + (i_h // group_k) * skh) * ALIGN
+    v_ptr += (i_b * svb + (i_h // group_v) * svh) * ALIGN
     out_ptr += (i_b * T * H + i_h) * V
 
     key = tl.arange(0, BK)
@@ -80,9 +71,7 @@ def rows_kernel(
     n = tl.arange(0, BN)
     slot = (start + n) % R
     held = n < count
-    kb = tl.load(
-        keys_ptr + (slot * heads_k * K)[:, None] + key[None, :], mask=held[:, None] & mask_k[None, :], other=0.0
-    )
+    kb = tl.load(keys_ptr + (slot * stride_k)[:, None] + key[None, :], mask=held[:, None] & mask_k[None, :], other=0.0)
     Gb, Gb_all = wide_sum(tl.load(decays_ptr + slot * H, mask=held, other=0.0), IS_FP32)
 
     causal = t[:, None] >= t[None, :]
@@ -103,34 +92,28 @@ def rows_kernel(
         S = tl.load(base_ptr + key[:, None] * V + value[None, :], mask=tile_s, other=0.0)
         v = tl.load(v_ptr + (t * svt)[:, None] + value[None, :], mask=tile_v, other=0.0)
         vb = tl.load(
-            values_ptr + (slot * heads_v * V)[:, None] + value[None, :], mask=held[:, None] & mask_v[None, :], other=0.0
+            values_ptr + (slot * stride_v)[:, None] + value[None, :], mask=held[:, None] & mask_v[None, :], other=0.0
         )
         o = dot_narrow(q, S, IS_FP16) * to_row[:, None]
         o += narrow_dot(among, v, IS_FP16)
         o += narrow_dot(before, vb, IS_FP16)
         tl.store(out_ptr + (t * H * V)[:, None] + value[None, :], (o * scale).to(out_ptr.dtype.element_ty), mask=tile_v)
-        tl.store(values_ptr + (at * heads_v * V)[:, None] + value[None, :], v, mask=given[:, None] & mask_v[None, :])
+        tl.store(values_ptr + (at * stride_v)[:, None] + value[None, :], v, mask=given[:, None] & mask_v[None, :])
 
     # The oldest tokens are folded where the new ones find no room.
-    folded = count * 0
-    if count + T > N:
-        folded = tl.minimum(count, count + T - tl.maximum(keep, T))
+    folded = number_folded(count, T, keep, N)
     if folded > 0:
         # In a loop of its own: in the other it would cost registers. The last tile is the likeliest still in a cache.
         for i in range(first, behind):
             fold(
                 base_ptr, keys_ptr, values_ptr, decays_ptr, start, folded,
-                (first + behind - 1 - i) * BV + tl.arange(0, BV), heads_k * K, heads_v * V, H, K, V, BK, R, IS_FP32,
+                (first + behind - 1 - i) * BV + tl.arange(0, BV), stride_k, stride_v, H, K, V, BK, R, IS_FP32,
                 IS_FP16,
             )  # fmt: skip
 
     if first == 0:
         tl.store(decays_ptr + at * H, g, mask=new)
         if i_h % group_k == 0:
-            tl.store(keys_ptr + (at * heads_k * K)[:, None] + key[None, :], k, mask=tile_k)
+            tl.store(keys_ptr + (at * stride_k)[:, None] + key[None, :], k, mask=tile_k)
 
-    # The last program of the launch moves the cursor: by then every other has read it.
-    if tl.atomic_add(cursor_ptr + 2, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        tl.store(cursor_ptr, (start + folded) % R)
-        tl.store(cursor_ptr + 1, count - folded + T)
-        tl.store(cursor_ptr + 2, 0)
+    move_cursor(cursor_ptr, start + folded, count - folded + T, R)

@@ -1,4 +1,8 @@
-"""Taking buffered tokens into the base state of the decode step, to float32's accuracy, in whichever kernel steps."""
+"""What the kernels of the decode step share: one head's part of the ring of buffered tokens, folding, the cursor.
+
+The ring has R = 2 N slots: keys [B, R, Hk, K], values [B, R, Hv, V], decays [B, R, H]. The cursor is (start, count,
+ticket).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,41 @@ def wide_sum(g, PRECISE: tl.constexpr):
     if PRECISE:
         g = g.to(tl.float64)
     return tl.cumsum(g, 0), tl.sum(g, 0)
+
+
+@triton.jit
+def part_of_head(
+    base_ptr, keys_ptr, values_ptr, decays_ptr, i_bh, H, group_k, group_v,
+    K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """(base, keys, values, decays, stride_k, stride_v): where a head's begin, and how far apart slots lie."""
+    i_b = i_bh // H
+    i_h = i_bh % H
+    heads_k = H // group_k
+    heads_v = H // group_v
+    base_ptr += i_bh * K * V
+    keys_ptr += (i_b * R * heads_k + i_h // group_k) * K
+    values_ptr += (i_b * R * heads_v + i_h // group_v) * V
+    decays_ptr += i_b * R * H + i_h
+    return base_ptr, keys_ptr, values_ptr, decays_ptr, heads_k * K, heads_v * V
+
+
+@triton.jit
+def number_folded(count, T, keep, N: tl.constexpr):
+    """How many of ``count`` buffered tokens, the oldest, are folded as T new ones find no room."""
+    folded = count * 0
+    if count + T > N:
+        folded = tl.minimum(count, count + T - tl.maximum(keep, T))
+    return folded
+
+
+@triton.jit
+def move_cursor(cursor_ptr, start, count, R: tl.constexpr):
+    """Move the cursor to (start, count) as the last program of the launch: by then every other has read it."""
+    if tl.atomic_add(cursor_ptr + 2, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(cursor_ptr, start % R)
+        tl.store(cursor_ptr + 1, count)
+        tl.store(cursor_ptr + 2, 0)
 
 
 @triton.jit
