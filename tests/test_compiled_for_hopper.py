@@ -47,6 +47,6 @@ def test_kernels_compile_fit_and_load_whole_rows(case: str) -> None:
         assert kernel["narrow"] == 0 or kernel["kernel"] in NARROW, kernel
         assert kernel["products"] > 0 or kernel["kernel"] not in PRODUCTS, kernel
     if case == "steps":
-        for kernel, (width, rows) in zip(found, ((128, 1), (128, 16), (256, 1), (256, 16)), strict=True):
-            form = tuning.step_config(width, 512, rows, 16, 2, -1)
-            assert form is not None and kernel["shared"] <= tuning.step_bytes(form, width, rows, 16, 2), kernel
+        for kernel, (width, tokens) in zip(found, ((128, 1), (128, 4), (256, 1), (256, 4)), strict=True):
+            form = tuning.step_config(width, 512, tokens, 16, 2, -1)
+            assert form is not None and kernel["shared"] <= tuning.step_bytes(form, width, 2), kernel

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from leet_linear_attention import linear_attention
 from operator_cases import Case, errors, make_inputs, run_oracle
 from test_triton import DEVICE, check
 
@@ -83,3 +84,29 @@ def test_parts_in_float16_are_summed_in_float32(seen: dict[str, list[Any]]) -> N
     x = make_inputs(case, DEVICE)
     check(errors(x, "triton", run_oracle(x)), torch.float16)
     assert seen["spared"] == [False, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("shape", "per_token"),
+    [((2, 8192, 16, 16, 128, 128), True), ((2, 8192, 32, 8, 128, 128), False), ((2, 4096, 8, 8, 256, 512), False),
+     ((2, 4096, 8, 8, 512, 256), False), ((1, 8200, 16, 16, 64, 128), True), ((1, 8200, 16, 16, 128, 64), True)],
+    ids=str,
+)  # fmt: skip
+def test_gradients_take_no_memory_but_their_own(shape: tuple[int, ...], per_token: bool) -> None:
+    batch, tokens, heads, heads_kv, key_dim, value_dim = shape
+    x = [
+        torch.randn(batch, tokens, number, width, device="cuda", dtype=torch.bfloat16)
+        for number, width in ((heads, key_dim), (heads_kv, key_dim), (heads_kv, value_dim))
+    ]
+    g = -torch.rand(*((batch, tokens, heads) if per_token else (heads,)), device="cuda") * 0.2
+    leaves = [t.requires_grad_() for t in (*x, *([g] if per_token else []))]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    o = linear_attention(*x, g, scale=key_dim**-0.5)[0]
+    do = torch.ones_like(o)
+    gradients = torch.autograd.grad(o, leaves, do)
+    own = sum(t.numel() * t.element_size() for t in (o, do, *gradients))
+    inputs_ = sum(t.numel() * t.element_size() for t in leaves)
+    assert torch.cuda.max_memory_allocated() - before - own <= 0.05 * (own + inputs_)

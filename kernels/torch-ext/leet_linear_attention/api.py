@@ -138,7 +138,5 @@ def step_asks_the_device(state: DecodeState, tokens: int, method: str = "auto") 
     from .triton import tuning
 
     width_k, width_v = state.base.shape[2:]
-    rows = 1 if tokens == 1 else tuning.block_of(tokens)
     index = device.index if device.type == "cuda" else -1
-    held = tuning.block_of(state.buffer)
-    return tuning.step_config(width_k, width_v, rows, held, state.keys.element_size(), index) is None
+    return tuning.step_config(width_k, width_v, tokens, state.buffer, state.keys.element_size(), index) is None

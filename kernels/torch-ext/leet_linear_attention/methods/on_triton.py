@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..shapes import sequence_count, state_heads
+from ..triton.launcher import OPTIONS
 
 # Parameters that change from call to call: a kernel is compiled once whatever their values.
 VARYING = [
@@ -87,8 +88,7 @@ def operator_of(kernel: Kernel) -> Callable[..., tuple[Tensor, Tensor | None]]:
                     *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
                     *(log_decay.stride() if log_decay is not None and decay == 2 else (0, 0, 0)),
                     K=key_dim, V=value_dim, BV=block_v, DECAY=decay, PACKED=cu_seqlens is not None,
-                    PRECISE=q.dtype == torch.float32, **constants, num_warps=warps,
-                    enable_fp_fusion=True,  # as in `triton.launcher`
+                    PRECISE=q.dtype == torch.float32, **constants, num_warps=warps, **OPTIONS,
                 )  # fmt: skip
         return o, state if output_final_state else None
 

@@ -121,11 +121,8 @@ class Sweep:
         dtype = torch.float32 if like.dtype == torch.float16 else like.dtype
         lent = dtype == like.dtype and (self.x <= chunk or (self.x <= 2 * chunk and self.y <= self.x))
         ragged = self.sequences if self.packed or self.tokens % chunk else 0
-        if lent:
-            slots = ragged
-        else:
-            # packed sequences need at most one extra each
-            slots = self.batch * (self.tokens // chunk) + ragged
+        # packed sequences need at most one more each
+        slots = ragged + (0 if lent else self.batch * (self.tokens // chunk))
         states = like.new_empty((slots, self.heads, self.x, self.y), dtype=dtype)
         return ChunkStates(states, near, far) if lent else ChunkStates(states)
 

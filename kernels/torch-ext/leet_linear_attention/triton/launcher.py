@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 _INT32 = 2**31
+# Of every compilation. Products and sums are fused: the default of Triton 3.10 is another, of which 3.9 warns.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 class _Overlap(threading.local):
@@ -98,8 +100,7 @@ class Launcher:
         if device >= 0 and torch.cuda.current_device() != device:
             with torch.cuda.device(device):
                 return self(grid, device, tensors, numbers, constants, warps, stages, registers, early)
-        # Products and sums are fused: the default of Triton 3.10 is another, of which 3.9 warns.
-        options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, **OPTIONS}
         if registers is not None:
             options["maxnreg"] = registers
         if self.overlaps:

@@ -116,7 +116,7 @@ def fold(
         mask = (key < K)[:, None] & (value < V)[None, :]
         # What comes next is the next step, when no cache holds it any more.
         S = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
-        if R <= 2 * TOKENS and not IS_FP32:
+        if R <= 2 * TOKENS and not IS_FP32:  # a loop would cost registers, of which several tokens leave none
             S = block_folded(
                 S, keys_ptr, values_ptr, decays_ptr, start, 0, folded, key, value, stride_k, stride_v, stride_g,
                 K, V, R, TOKENS, IS_FP32, IS_FP16,

@@ -129,8 +129,7 @@ def step(
     if out.numel() == 0:
         return out
     index = device_index(q)
-    rows, held = (1 if tokens == 1 else tuning.block_of(tokens)), tuning.block_of(buffer)
-    config = tuning.step_config(width_k, width_v, rows, held, q.element_size(), index)
+    config = tuning.step_config(width_k, width_v, tokens, buffer, q.element_size(), index)
     if config is None:
         # Wide windows for taking back tokens; the torch form serves any size, and reads the cursor on the host.
         return torch_step(q, k, v, log_decay, base, keys, values, log_decays, cursor, scale, buffer, keep)
@@ -140,11 +139,11 @@ def step(
     groups = (heads // q.shape[2], heads // k.shape[2], heads // v.shape[2], group_g)
     align, strides = aligned_strides(q, k, v)
     strides += log_decay.stride() if log_decay is not None and decay == 2 else (0, 0, 0)
-    sizes = (width_k, width_v, tuning.block_of(width_k), config.block_v, buffer, held)
+    sizes = (width_k, width_v, tuning.block_of(width_k), config.block_v, buffer, config.held)
     kinds = (decay, align, q.dtype == torch.float32, q.dtype == torch.float16)
     options = (config.warps, config.stages, config.registers)
     tiles = tuning.blocks(width_v, config.block_v)
-    if rows == 1:
+    if tokens == 1:
         ahead = [stride for place, stride in enumerate(strides) if place % 3 != 1]
         _step(
             (tiles * batch * heads,), index, tensors, (heads, *groups, scale, keep, *ahead), (*sizes, *kinds), *options
@@ -153,6 +152,6 @@ def step(
         together = tuning.step_tiles(config, tiles, batch * heads, index)
         _rows(
             (tuning.blocks(tiles, together) * batch * heads,), index, tensors,
-            (tokens, heads, *groups, scale, keep, together, *strides), (*sizes, rows, *kinds), *options,
+            (tokens, heads, *groups, scale, keep, together, *strides), (*sizes, config.rows, *kinds), *options,
         )  # fmt: skip
     return out

@@ -149,9 +149,11 @@ def segments(tokens: int, config: SweepConfig, programs: int, device_index: int)
 
 
 class StepConfig(NamedTuple):
-    """block_v: columns of the state in a tile; warps, stages, registers a thread: launch options; tiles: the most that
-    one program takes, one after another."""
+    """rows, held: tokens of the step and of the buffer, padded; block_v: columns of the state in a tile; warps, stages,
+    registers a thread: launch options; tiles: the most that one program takes, one after another."""
 
+    rows: int
+    held: int
     block_v: int
     warps: int
     stages: int
@@ -160,35 +162,38 @@ class StepConfig(NamedTuple):
 
 
 @functools.cache
-def step_config(key_dim: int, value_dim: int, rows: int, held: int, itemsize: int, index: int) -> StepConfig | None:
-    """Configuration of a decode step of ``rows`` tokens into a buffer of ``held``, both padded.
+def step_config(
+    key_dim: int, value_dim: int, tokens: int, buffer: int, itemsize: int, device_index: int
+) -> StepConfig | None:
+    """Configuration of a decode step of ``tokens`` into a buffer; None where another method has to serve.
 
-    None where no block holds it, and another method has to serve: device ``index``, -1 for Triton's interpreter.
+    That is where no block's shared memory holds it. ``device_index`` -1 stands for Triton's interpreter.
     """
-    width = block_of(key_dim)
+    width, held = block_of(key_dim), block_of(buffer)
+    rows = 1 if tokens == 1 else block_of(tokens)
     if rows == 1:
         # A tile of about 8192 state entries a program, four of which share a processor.
-        forms = [StepConfig(max(16, min(block_of(value_dim), 64, 8192 // width)), 4, 1, 128)]
+        forms = [StepConfig(rows, held, max(16, min(block_of(value_dim), 64, 8192 // width)), 4, 1, 128)]
     elif itemsize == 2:
         # Two tiles a program: of more, the first is in no cache any more when it folds. From 64 rows on Triton takes
         # Hopper's wide products, whose tiles must not be narrow (see `sweep_config`).
         warps, registers = (8, None) if rows >= 64 else (4, 128 if width <= 128 and rows == 16 else None)
         columns = (64,) if rows >= 64 else (64, 32)
-        forms = [StepConfig(c, warps, stages, registers, 2) for c in columns for stages in (2, 1)]
+        forms = [StepConfig(rows, held, c, warps, stages, registers, 2) for c in columns for stages in (2, 1)]
     elif held <= 128 and rows * held <= 4096:
         warps = 8 if rows >= 64 or width > 128 else 4
-        forms = [StepConfig(32, warps, stages, 255, 2) for stages in (2, 1)]
+        forms = [StepConfig(rows, held, 32, warps, stages, 255, 2) for stages in (2, 1)]
     else:
         forms = []  # products in float32 are scalar code, which would take half a minute to compile
     for form in forms:
-        if index < 0 or step_bytes(form, width, rows, held, itemsize) <= shared_memory(index):
+        if device_index < 0 or step_bytes(form, width, itemsize) <= shared_memory(device_index):
             return form
     return None
 
 
-def step_bytes(form: StepConfig, width: int, rows: int, held: int, itemsize: int) -> int:
+def step_bytes(form: StepConfig, width: int, itemsize: int) -> int:
     """Estimate from above of the shared memory of a decode step: the most that its three parts need."""
-    columns = form.block_v
+    rows, held, columns = form.rows, form.held, form.block_v
     scores = ((2 * rows + held) * width + rows * (rows + held)) * itemsize
     loads = (form.stages - 1) * columns * (width * 4 + (rows + held) * itemsize)
     tile = loads + (width * columns + (rows + held) * columns + 2 * rows * width + rows * (rows + held)) * itemsize
@@ -196,8 +201,7 @@ def step_bytes(form: StepConfig, width: int, rows: int, held: int, itemsize: int
     return max(scores, tile, fold) + 4096
 
 
-def step_tiles(form: StepConfig, tiles: int, heads: int, index: int) -> int:
+def step_tiles(form: StepConfig, tiles: int, heads: int, device_index: int) -> int:
     """How many of a head's tiles a program takes where ``heads`` of them step: one if the device would stand idle."""
-    if index < 0:
-        return min(form.tiles, tiles)
-    return min(form.tiles, tiles) if heads * blocks(tiles, form.tiles) >= 4 * processors(index) else 1
+    idle = device_index >= 0 and heads * blocks(tiles, form.tiles) < 4 * processors(device_index)
+    return 1 if idle else min(form.tiles, tiles)
