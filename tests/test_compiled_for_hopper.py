@@ -22,6 +22,8 @@ SHARED = 227 << 10  # bytes that a block may use there
 NARROW = {"step_kernel", "joined_kernel", "gated_pair_kernel"}
 # Those whose work is products.
 PRODUCTS = {"sweep_kernel", "scores_kernel", "wide_kernel", "rows_kernel"}
+# Those that wait for little but the memory: the more of them share a processor, the more is on its way.
+SHARING = {"joined_kernel": 6, "gated_pair_kernel": 6}
 
 
 def compiled(case: str) -> list[dict[str, Any]]:
@@ -43,7 +45,7 @@ def test_kernels_compile_fit_and_load_whole_rows(case: str) -> None:
     found = compiled(case)
     assert len(found) >= 4
     for kernel in found:
-        assert kernel["shared"] <= SHARED, kernel
+        assert kernel["shared"] <= SHARED // SHARING.get(kernel["kernel"], 1), kernel
         assert kernel["narrow"] == 0 or kernel["kernel"] in NARROW, kernel
         assert kernel["products"] > 0 or kernel["kernel"] not in PRODUCTS, kernel
     if case == "steps":

@@ -34,9 +34,17 @@ def test_products(sizes: tuple[int, ...], width: int, rows: int, dtype: torch.dt
     _right(sizes, width, rows, dtype)
 
 
-def _right(sizes: tuple[int, ...], width: int, rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 8])
+def test_weights_that_begin_anywhere(rows: int) -> None:
+    _right((40, 64, 33), 256, rows, torch.bfloat16, first=1)
+
+
+def _right(sizes: tuple[int, ...], width: int, rows: int, dtype: torch.dtype, first: int = 0) -> None:
     x = numbers(rows, 1, width, dtype=dtype)
-    weights = [numbers(size, width, dtype=dtype, seed=i + 1) for i, size in enumerate(sizes)]
+    weights = [
+        numbers(size * width + first, dtype=dtype, seed=i + 1)[first:].view(size, width) for i, size in enumerate(sizes)
+    ]
     for out, weight in zip(joined_linear(x, weights), weights, strict=True):
         want = F.linear(x.double(), weight.double())
         assert out.shape == want.shape and out.dtype == dtype and out.is_contiguous()

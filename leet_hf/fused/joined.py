@@ -40,11 +40,12 @@ def joined_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     missing = MOST_WEIGHTS - len(weights)
     rows = x.numel() // width
     held, columns, step, warps, stages = _tile(x, rows, SEVERAL, ONE_ROW if len(weights) == 1 else SEVERAL_ROW)
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (*weights, *outs))
     products(
         (sum(-(-size // columns) for size in sizes),), device_index(x),
         (x, *weights, *weights[:1] * missing, *outs, *outs[:1] * missing),
         (rows, *sizes, *[0] * missing),
-        (len(weights), width, held, columns, step), warps, stages,
+        (len(weights), aligned, width, held, columns, step), warps, stages,
     )  # fmt: skip
     return outs
 

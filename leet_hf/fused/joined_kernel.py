@@ -95,24 +95,36 @@ def _some_columns(
 @triton.jit(do_not_specialize=["T", "N0", "N1", "N2", "N3"])
 def joined_kernel(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, w3_ptr, out0_ptr, out1_ptr, out2_ptr, out3_ptr, T, N0, N1, N2, N3,
-    MANY: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
+    MANY: tl.constexpr, ALIGNED: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """x [T, D] times each of MANY weights [Ni, D] transposed, to outs [T, Ni]. Grid (sum of tiles of Ni,), the first
-    weight's first; what is not there is given as the first weight and its output, with Ni = 0."""
+    weight's first; what is not there is given as the first weight and its output, with Ni = 0. ALIGNED: all of them
+    begin at a multiple of 16 bytes."""
     tile = tl.program_id(0)
-    end0 = tl.cdiv(N0, BN)
-    end1 = end0 + tl.cdiv(N1, BN)
-    end2 = end1 + tl.cdiv(N2, BN)
-    if MANY == 1 or tile < end0:
-        _some_columns(x_ptr, w0_ptr, out0_ptr, tile, T, N0, D, BT, BN, BD, OVERLAP)
-    else:
-        if MANY == 2 or tile < end1:
-            _some_columns(x_ptr, w1_ptr, out1_ptr, tile - end0, T, N1, D, BT, BN, BD, OVERLAP)
-        else:
-            if MANY == 3 or tile < end2:
-                _some_columns(x_ptr, w2_ptr, out2_ptr, tile - end1, T, N2, D, BT, BN, BD, OVERLAP)
-            else:
-                _some_columns(x_ptr, w3_ptr, out3_ptr, tile - end2, T, N3, D, BT, BN, BD, OVERLAP)
+    # One piece of code for the one chosen: Triton 3.9 gives loads of four pieces shared memory of their own each.
+    w_ptr = w0_ptr
+    out_ptr = out0_ptr
+    N = N0
+    if MANY > 1 and tile >= tl.cdiv(N, BN):
+        tile -= tl.cdiv(N, BN)
+        w_ptr = w1_ptr
+        out_ptr = out1_ptr
+        N = N1
+        if MANY > 2 and tile >= tl.cdiv(N, BN):
+            tile -= tl.cdiv(N, BN)
+            w_ptr = w2_ptr
+            out_ptr = out2_ptr
+            N = N2
+            if MANY > 3 and tile >= tl.cdiv(N, BN):
+                tile -= tl.cdiv(N, BN)
+                w_ptr = w3_ptr
+                out_ptr = out3_ptr
+                N = N3
+    if ALIGNED:  # which Triton does not see behind the choice
+        w_ptr = tl.multiple_of(w_ptr, 16)
+        out_ptr = tl.multiple_of(out_ptr, 16)
+    _some_columns(x_ptr, w_ptr, out_ptr, tile, T, N, D, BT, BN, BD, OVERLAP)
 
 
 @triton.jit(do_not_specialize=["T", "N"])

@@ -1,4 +1,4 @@
-"""What the kernels of the decode step share: one head's part of the ring of buffered tokens, folding, the cursor.
+"""What the kernels of the decode step share: a head's part of the ring of buffered tokens, the cursor, and their loop.
 
 The ring has R = 2 N slots: keys [B, R, Hk, K], values [B, R, Hv, V], decays [B, R, H]. The cursor is (start, count,
 ticket).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import decayed, dot, factors
+from .common import decayed, dot, dot_narrow, factors, narrow_dot
 
 
 @triton.jit
@@ -56,47 +56,74 @@ def move_cursor(cursor_ptr, start, count, R: tl.constexpr):
 
 
 @triton.jit
-def gathered(S, k, v, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr):
-    """S + k^T v: S [K, V] and v [N, V] float32; k [N, K], of 16 bits unless IS_FP32."""
-    if IS_FP32:
-        S += dot(tl.trans(k), v)
+def gathered(S, k, v, IS_FP16: tl.constexpr):
+    """S + k^T v to float32's accuracy: S [K, V] and v [N, V] float32, k [N, K] of 16 bits."""
+    if IS_FP16:
+        up, down = factors(tl.max(tl.abs(v), None), -100, 14)
+        v *= up
+    # float32 holds 24 bits, a part in bfloat16 eight and one in float16 eleven.
+    high = v.to(k.dtype)
+    rest = v - high.to(tl.float32)
+    middle = rest.to(k.dtype)
+    low = (rest - middle.to(tl.float32)).to(k.dtype)
+    k = tl.trans(k)
+    if IS_FP16:
+        S += (dot(k, low) + dot(k, middle) + dot(k, high)) * down
     else:
-        if IS_FP16:
-            up, down = factors(tl.max(tl.abs(v), None), -100, 14)
-            v *= up
-        # float32 holds 24 bits, a part in bfloat16 eight and one in float16 eleven.
-        high = v.to(k.dtype)
-        rest = v - high.to(tl.float32)
-        middle = rest.to(k.dtype)
-        low = (rest - middle.to(tl.float32)).to(k.dtype)
-        k = tl.trans(k)
-        if IS_FP16:
-            S += (dot(k, low) + dot(k, middle) + dot(k, high)) * down
-        else:
-            S += dot(k, low)
-            S += dot(k, middle)
-            S += dot(k, high)
+        S += dot(k, low)
+        S += dot(k, middle)
+        S += dot(k, high)
     return S
 
 
 @triton.jit
-def block_folded(
-    S, keys_ptr, values_ptr, decays_ptr, start, block, folded, key, value, stride_k, stride_v, stride_g,
-    K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, IS_FP32: tl.constexpr,
-    IS_FP16: tl.constexpr,
+def tiles_advanced(
+    S, first, behind, base_rows, v_rows, buffered_rows, new_rows, out_rows, is_key, new, held, given,
+    q, among, before, to_row, kb, to_end, g_folded, scale,
+    V: tl.constexpr, BV: tl.constexpr, ONE: tl.constexpr, FOLDS: tl.constexpr, IS_FP16: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``key`` and columns ``value`` of a state, S, after those of the ``folded`` tokens that are in a block."""
-    n = block + tl.arange(0, TOKENS)
-    old = n < folded
-    slot = (start + n) % R
-    g = tl.load(decays_ptr + slot * stride_g, mask=old, other=0.0)
-    tile_k = old[:, None] & (key < K)[None, :]
-    tile_v = old[:, None] & (value < V)[None, :]
-    k = tl.load(keys_ptr + (slot * stride_k)[:, None] + key[None, :], mask=tile_k, other=0.0)
-    v = tl.load(values_ptr + (slot * stride_v)[:, None] + value[None, :], mask=tile_v, other=0.0)
-    G, G_all = wide_sum(g, IS_FP32)
-    v = v.to(tl.float32) * tl.exp((G_all - G).to(tl.float32))[:, None]
-    return gathered(decayed(S, G_all), k, v, IS_FP32, IS_FP16)
+    """Outputs and buffer entries of the tiles ``first`` to ``behind`` of BV columns; where FOLDS, their states, too.
+
+    Rows are columns of addresses, [K, 1] of the state and [tokens, 1] of values and outputs, with masks likewise. The
+    row of q [T, K] sees the state times to_row [T], new tokens by the scores ``among`` [T, T] and buffered ones by
+    ``before`` [T, N]; of ONE token all of these are without T, and q is float32. S [K, BV] is the first tile's state,
+    read already: a tile is always on its way to registers while the one in front is worked on. FOLDS, which leaves no
+    registers for that: keys kb [N, K], of 16 bits, times to_end [N] join the state, which has decayed by g_folded,
+    before outputs are taken from it.
+    """
+    if not FOLDS:
+        value = (first * BV + tl.arange(0, BV))[None, :]
+        v = tl.load(v_rows + value, mask=new & (value < V), other=0.0)
+        vb = tl.load(buffered_rows + value, mask=held & (value < V), other=0.0)
+    for i in range(first, behind):
+        value = (i * BV + tl.arange(0, BV))[None, :]
+        mask = value < V
+        if FOLDS:
+            S = tl.load(base_rows + value, mask=is_key & mask, other=0.0)
+            v = tl.load(v_rows + value, mask=new & mask, other=0.0)
+            vb = tl.load(buffered_rows + value, mask=held & mask, other=0.0)
+            S = gathered(decayed(S, g_folded), kb, vb.to(tl.float32) * to_end[:, None], IS_FP16)
+            tl.store(base_rows + value, S, mask=is_key & mask)
+        else:
+            ahead = value + BV
+            more = ahead < tl.where(i + 1 < behind, V, 0)
+            S_ahead = tl.load(base_rows + ahead, mask=is_key & more, other=0.0)
+            v_ahead = tl.load(v_rows + ahead, mask=new & more, other=0.0)
+            vb_ahead = tl.load(buffered_rows + ahead, mask=held & more, other=0.0)
+        if ONE:  # too few rows for the matrix units
+            o = tl.sum(q[:, None] * S, 0) * to_row
+            o += tl.sum(before[:, None] * vb.to(tl.float32), 0)
+            o = o[None, :] + among * v.to(tl.float32)
+        else:
+            o = dot_narrow(q, S, IS_FP16) * to_row[:, None]
+            o += narrow_dot(among, v, IS_FP16)
+            o += narrow_dot(before, vb, IS_FP16)
+        tl.store(out_rows + value, (o * scale).to(out_rows.dtype.element_ty), mask=new & mask)
+        tl.store(new_rows + value, v, mask=given & mask)
+        if not FOLDS:
+            S = S_ahead
+            v = v_ahead
+            vb = vb_ahead
 
 
 @triton.jit
@@ -104,27 +131,26 @@ def fold(
     base_ptr, keys_ptr, values_ptr, decays_ptr, start, folded, value, stride_k, stride_v, stride_g,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
 ):  # fmt: skip
-    """Take the ``folded`` oldest tokens into the columns ``value`` of a head's base state, to float32's accuracy.
-
-    All is read again: registers that only a fold needs would be missing in every step.
-    """
+    """Take the ``folded`` oldest tokens into the columns ``value`` of a head's base state, a few of them at once."""
     ROWS: tl.constexpr = 32 if IS_FP32 else BK  # products in float32 are scalar code, which must stay short
     TOKENS: tl.constexpr = 16
     for first in range(0, K, ROWS):
         key = first + tl.arange(0, ROWS)
         at = base_ptr + key[:, None] * V + value[None, :]
         mask = (key < K)[:, None] & (value < V)[None, :]
-        # What comes next is the next step, when no cache holds it any more.
-        S = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
-        if R <= 2 * TOKENS and not IS_FP32:  # a loop would cost registers, of which several tokens leave none
-            S = block_folded(
-                S, keys_ptr, values_ptr, decays_ptr, start, 0, folded, key, value, stride_k, stride_v, stride_g,
-                K, V, R, TOKENS, IS_FP32, IS_FP16,
-            )  # fmt: skip
-        else:
-            for block in range(0, folded, TOKENS):
-                S = block_folded(
-                    S, keys_ptr, values_ptr, decays_ptr, start, block, folded, key, value, stride_k, stride_v, stride_g,
-                    K, V, R, TOKENS, IS_FP32, IS_FP16,
-                )  # fmt: skip
-        tl.store(at, S, mask=mask, eviction_policy="evict_first")
+        S = tl.load(at, mask=mask, other=0.0)
+        for block in range(0, folded, TOKENS):
+            n = block + tl.arange(0, TOKENS)
+            old = n < folded
+            slot = (start + n) % R
+            tile_k = old[:, None] & (key < K)[None, :]
+            tile_v = old[:, None] & (value < V)[None, :]
+            k = tl.load(keys_ptr + (slot * stride_k)[:, None] + key[None, :], mask=tile_k, other=0.0)
+            v = tl.load(values_ptr + (slot * stride_v)[:, None] + value[None, :], mask=tile_v, other=0.0)
+            G, G_all = wide_sum(tl.load(decays_ptr + slot * stride_g, mask=old, other=0.0), IS_FP32)
+            v = v.to(tl.float32) * tl.exp((G_all - G).to(tl.float32))[:, None]
+            if IS_FP32:
+                S = decayed(S, G_all) + dot(tl.trans(k), v)
+            else:
+                S = gathered(decayed(S, G_all), k, v, IS_FP16)
+        tl.store(at, S, mask=mask)

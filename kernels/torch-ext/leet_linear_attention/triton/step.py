@@ -2,9 +2,11 @@
 
 ``step_kernel`` serves one token, which is too few rows for the matrix units; several are ``step_rows``'s.
 
-Every program holds one tile of one head's base state. The state is written only when the buffer folds, once in
-``buffer`` tokens, so a step reads the state and little else. The cursor (start, count) is read by all programs and
-advanced by whichever finishes last, which the ticket beside it decides.
+Every program holds some tiles of columns of one head's base state, one after another, and the next is on its way while
+one is worked on. The state is written only when the buffer folds, once in ``buffer`` tokens, so a step reads the state
+and little else; one that folds takes its outputs from the folded state, so that it reads the state once, too. The
+cursor (start, count) is read by all programs and advanced by whichever finishes last, which the ticket beside it
+decides.
 """
 
 from __future__ import annotations
@@ -17,26 +19,29 @@ from ..torch_step import step as torch_step
 from . import tuning
 from .common import wait_for_inputs
 from .launcher import Launcher, aligned_strides, device_index
-from .ring import fold, move_cursor, number_folded, part_of_head, wide_sum
+from .ring import fold, move_cursor, number_folded, part_of_head, tiles_advanced, wide_sum
 from .step_rows import rows_kernel
 
 
 @triton.jit(
     do_not_specialize=[
-        "H", "group_q", "group_k", "group_v", "group_g", "keep", "sqb", "sqh", "skb", "skh", "svb", "svh", "sgb", "sgh",
+        "H", "group_q", "group_k", "group_v", "group_g", "keep", "tiles",
+        "sqb", "sqh", "skb", "skh", "svb", "svh", "sgb", "sgh",
     ]
 )  # fmt: skip
 def step_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, base_ptr, keys_ptr, values_ptr, decays_ptr, cursor_ptr, out_ptr,
-    H, group_q, group_k, group_v, group_g, scale, keep, sqb, sqh, skb, skh, svb, svh, sgb, sgh,
+    H, group_q, group_k, group_v, group_g, scale, keep, tiles, sqb, sqh, skb, skh, svb, svh, sgb, sgh,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     DECAY: tl.constexpr, ALIGN: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H * blocks of V,), blocks fastest. N <= BN. Ring: ``ring``."""
+    """Grid (B * H * blocks of ``tiles`` tiles of BV columns,), blocks fastest. N <= BN. Ring: ``ring``."""
     R: tl.constexpr = 2 * N
-    BLOCKS: tl.constexpr = (V + BV - 1) // BV
-    i_v = tl.program_id(0) % BLOCKS
-    i_bh = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    blocks = tl.cdiv(TILES, tiles)
+    first = (tl.program_id(0) % blocks) * tiles
+    behind = tl.minimum(first + tiles, TILES)
+    i_bh = (tl.program_id(0) // blocks).to(tl.int64)
     i_b = i_bh // H
     i_h = i_bh % H
     wait_for_inputs(OVERLAP)
@@ -44,14 +49,14 @@ def step_kernel(
     count = tl.load(cursor_ptr + 1)
 
     key = tl.arange(0, BK)
-    value = i_v * BV + tl.arange(0, BV)
     mask_k = key < K
-    mask_v = value < V
     base_ptr, keys_ptr, values_ptr, decays_ptr, stride_k, stride_v = part_of_head(
         base_ptr, keys_ptr, values_ptr, decays_ptr, i_bh, H, group_k, group_v, K, V, R
     )
-    mask_s = mask_k[:, None] & mask_v[None, :]
-    S = tl.load(base_ptr + key[:, None] * V + value[None, :], mask=mask_s, other=0.0)
+    # The first of what takes longest, before all that waits for the cursor.
+    base_rows = base_ptr + key[:, None] * V
+    value = first * BV + tl.arange(0, BV)
+    S = tl.load(base_rows + value[None, :], mask=mask_k[:, None] & (value < V)[None, :], other=0.0)
 
     # Strides come divided by ALIGN: the product tells the compiler that loads may be 16 bytes wide.
     q_ptr += (i_b * sqb + (i_h // group_q) * sqh) * ALIGN
@@ -65,39 +70,57 @@ def step_kernel(
         g = tl.load(g_ptr + i_b * sgb + (i_h // group_g) * sgh)
     q = tl.load(q_ptr + key, mask=mask_k, other=0.0).to(tl.float32)
     k = tl.load(k_ptr + key, mask=mask_k, other=0.0)
-    v = tl.load(v_ptr + value, mask=mask_v, other=0.0)
 
     # Buffered tokens, oldest first.
     n = tl.arange(0, BN)
     slot = (start + n) % R
     held = n < count
     tile_k = held[:, None] & mask_k[None, :]
-    tile_v = held[:, None] & mask_v[None, :]
     kb = tl.load(keys_ptr + (slot * stride_k)[:, None] + key[None, :], mask=tile_k, other=0.0)
-    vb = tl.load(values_ptr + (slot * stride_v)[:, None] + value[None, :], mask=tile_v, other=0.0)
-    G, G_all = wide_sum(tl.load(decays_ptr + slot * H, mask=held, other=0.0), IS_FP32)
+    gb = tl.load(decays_ptr + slot * H, mask=held, other=0.0)
+    Gb, Gb_all = wide_sum(gb, IS_FP32)
 
-    # One row is too few for the matrix units.
     among = tl.sum(k.to(tl.float32) * q, 0)
-    before = tl.sum(kb.to(tl.float32) * q[None, :], 1) * tl.exp((G_all - G + g).to(tl.float32))
-    o = tl.sum(q[:, None] * S, 0) * tl.exp((G_all + g).to(tl.float32))
-    o += tl.sum(tl.where(held, before, 0.0)[:, None] * vb.to(tl.float32), 0)
-    o += among * v.to(tl.float32)
-    tl.store(out_ptr + i_bh * V + value, (o * scale).to(out_ptr.dtype.element_ty), mask=mask_v)
+    before = tl.sum(kb.to(tl.float32) * q[None, :], 1) * tl.exp((Gb_all - Gb + g).to(tl.float32))
+    before = tl.where(held, before, 0.0)
+    to_row = tl.exp((Gb_all + g).to(tl.float32))
 
-    # Fold the oldest tokens where the new one finds no room.
-    folded = number_folded(count, 1, keep, N)
-    if folded > 0:
-        fold(
-            base_ptr, keys_ptr, values_ptr, decays_ptr, start, folded, value, stride_k, stride_v, H, K, V, BK, R,
-            IS_FP32, IS_FP16,
-        )  # fmt: skip
-
-    # Append. Slots behind the buffered ones: 2 N of them, so none that is read in this launch is written.
+    # The new token's slot lies behind the buffered ones: 2 N of them, so none that is read in this launch is written.
     at = (start + count) % R
-    if i_h % group_v == 0:
-        tl.store(values_ptr + at * stride_v + value, v, mask=mask_v)
-    if i_v == 0:
+    row = tl.zeros((1, 1), dtype=tl.int32)
+    v_rows = v_ptr + row
+    buffered_rows = values_ptr + (slot * stride_v)[:, None]
+    new_rows = values_ptr + at * stride_v + row
+    out_rows = out_ptr + i_bh * V + row
+    new = row == 0
+    given = row == i_h % group_v  # by the first of the heads that share values
+    # The oldest tokens are folded where the new one finds no room.
+    # At once, by one product: for many there are no registers, for float32 no matrix units.
+    AT_ONCE: tl.constexpr = BN <= 32 and not IS_FP32
+    folded = number_folded(count, 1, keep, N)
+    if AT_ONCE and folded > 0:
+        old = n < folded
+        g_folded = tl.sum(tl.where(old, gb, 0.0), 0)
+        to_end = tl.where(old, tl.exp(g_folded - Gb), 0.0)
+        to_row = tl.exp(g + tl.sum(tl.where(old, 0.0, gb), 0))
+        before = tl.where(old, 0.0, before)
+        tiles_advanced(
+            S, first, behind, base_rows, v_rows, buffered_rows, new_rows, out_rows, mask_k[:, None], new,
+            held[:, None], given, q, among, before, to_row, kb, to_end, g_folded, scale, V, BV, True, True, IS_FP16,
+        )  # fmt: skip
+    else:
+        tiles_advanced(
+            S, first, behind, base_rows, v_rows, buffered_rows, new_rows, out_rows, mask_k[:, None], new,
+            held[:, None], given, q, among, before, to_row, kb, Gb, Gb_all, scale, V, BV, True, False, IS_FP16,
+        )  # fmt: skip
+    if not AT_ONCE and folded > 0:
+        for i in range(first, behind):
+            fold(
+                base_ptr, keys_ptr, values_ptr, decays_ptr, start, folded, i * BV + tl.arange(0, BV), stride_k,
+                stride_v, H, K, V, BK, R, IS_FP32, IS_FP16,
+            )  # fmt: skip
+
+    if first == 0:
         tl.store(decays_ptr + at * H, g)
         if i_h % group_k == 0:
             tl.store(keys_ptr + at * stride_k + key, k, mask=mask_k)
@@ -141,17 +164,14 @@ def step(
     strides += log_decay.stride() if log_decay is not None and decay == 2 else (0, 0, 0)
     sizes = (width_k, width_v, tuning.block_of(width_k), config.block_v, buffer, config.held)
     kinds = (decay, align, q.dtype == torch.float32, q.dtype == torch.float16)
-    options = (config.warps, config.stages, config.registers)
+    options = (config.warps, 1, config.registers)  # loads run ahead by themselves
     tiles = tuning.blocks(width_v, config.block_v)
+    together = tuning.step_tiles(config, tiles, batch * heads, index)
+    grid = (tuning.blocks(tiles, together) * batch * heads,)
+    numbers = (heads, *groups, scale, keep, together)
     if tokens == 1:
         ahead = [stride for place, stride in enumerate(strides) if place % 3 != 1]
-        _step(
-            (tiles * batch * heads,), index, tensors, (heads, *groups, scale, keep, *ahead), (*sizes, *kinds), *options
-        )  # fmt: skip
+        _step(grid, index, tensors, (*numbers, *ahead), (*sizes, *kinds), *options)
     else:
-        together = tuning.step_tiles(config, tiles, batch * heads, index)
-        _rows(
-            (tuning.blocks(tiles, together) * batch * heads,), index, tensors,
-            (tokens, heads, *groups, scale, keep, together, *strides), (*sizes, config.rows, *kinds), *options,
-        )  # fmt: skip
+        _rows(grid, index, tensors, (tokens, *numbers, *strides), (*sizes, config.rows, *kinds), *options)
     return out

@@ -1,7 +1,6 @@
 """One launch of the buffered decode step for several tokens: see ``step`` for what it does and for one token.
 
-A program holds some tiles of columns of one head's base state, one after another: the next is on its way while one is
-multiplied, and the scores of the new tokens, a chain of small products, are worked out once for all of them.
+The scores of the new tokens, a chain of small products, are worked out once for all tiles of a program.
 """
 
 from __future__ import annotations
@@ -9,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import dot, dot_narrow, narrow_dot, wait_for_inputs
-from .ring import fold, move_cursor, number_folded, part_of_head, wide_sum
+from .common import dot, wait_for_inputs
+from .ring import fold, move_cursor, number_folded, part_of_head, tiles_advanced, wide_sum
 
 
 @triton.jit(
@@ -54,6 +53,10 @@ def rows_kernel(
 
     key = tl.arange(0, BK)
     mask_k = key < K
+    # The first of what takes longest, before all that waits for the cursor.
+    base_rows = base_ptr + key[:, None] * V
+    value = first * BV + tl.arange(0, BV)
+    S = tl.load(base_rows + value[None, :], mask=mask_k[:, None] & (value < V)[None, :], other=0.0)
     t = tl.arange(0, BT)
     new = t < T
     if DECAY == 0:
@@ -72,7 +75,8 @@ def rows_kernel(
     slot = (start + n) % R
     held = n < count
     kb = tl.load(keys_ptr + (slot * stride_k)[:, None] + key[None, :], mask=held[:, None] & mask_k[None, :], other=0.0)
-    Gb, Gb_all = wide_sum(tl.load(decays_ptr + slot * H, mask=held, other=0.0), IS_FP32)
+    gb = tl.load(decays_ptr + slot * H, mask=held, other=0.0)
+    Gb, Gb_all = wide_sum(gb, IS_FP32)
 
     causal = t[:, None] >= t[None, :]
     among = dot(q, tl.trans(k)) * tl.exp(tl.where(causal, G[:, None] - G[None, :], 0.0).to(tl.float32))
@@ -84,31 +88,36 @@ def rows_kernel(
     # The new tokens' slots lie behind the buffered ones: 2 N of them, so none that is read in this launch is written.
     at = (start + count + t) % R
     given = t < tl.where(i_h % group_v == 0, T, 0)  # by the first of the heads that share values
-    for i in range(first, behind):
-        value = i * BV + tl.arange(0, BV)
-        mask_v = value < V
-        tile_s = mask_k[:, None] & mask_v[None, :]
-        tile_v = new[:, None] & mask_v[None, :]
-        S = tl.load(base_ptr + key[:, None] * V + value[None, :], mask=tile_s, other=0.0)
-        v = tl.load(v_ptr + (t * svt)[:, None] + value[None, :], mask=tile_v, other=0.0)
-        vb = tl.load(
-            values_ptr + (slot * stride_v)[:, None] + value[None, :], mask=held[:, None] & mask_v[None, :], other=0.0
-        )
-        o = dot_narrow(q, S, IS_FP16) * to_row[:, None]
-        o += narrow_dot(among, v, IS_FP16)
-        o += narrow_dot(before, vb, IS_FP16)
-        tl.store(out_ptr + (t * H * V)[:, None] + value[None, :], (o * scale).to(out_ptr.dtype.element_ty), mask=tile_v)
-        tl.store(values_ptr + (at * stride_v)[:, None] + value[None, :], v, mask=given[:, None] & mask_v[None, :])
-
+    v_rows = v_ptr + (t * svt)[:, None]
+    buffered_rows = values_ptr + (slot * stride_v)[:, None]
+    new_rows = values_ptr + (at * stride_v)[:, None]
+    out_rows = out_ptr + (t * H * V)[:, None]
     # The oldest tokens are folded where the new ones find no room.
+    # At once, by one product: for many there are no registers, for float32 no matrix units.
+    AT_ONCE: tl.constexpr = BN <= 32 and not IS_FP32
     folded = number_folded(count, T, keep, N)
-    if folded > 0:
-        # In a loop of its own: in the other it would cost registers. The last tile is the likeliest still in a cache.
+    if AT_ONCE and folded > 0:
+        old = n < folded
+        g_folded = tl.sum(tl.where(old, gb, 0.0), 0)
+        to_end = tl.where(old, tl.exp(g_folded - Gb), 0.0)
+        to_row = tl.exp(G + tl.sum(tl.where(old, 0.0, gb), 0))
+        before = tl.where(old[None, :], 0.0, before)
+        tiles_advanced(
+            S, first, behind, base_rows, v_rows, buffered_rows, new_rows, out_rows, mask_k[:, None], new[:, None],
+            held[:, None], given[:, None], q, among, before, to_row, kb, to_end, g_folded, scale, V, BV, False, True,
+            IS_FP16,
+        )  # fmt: skip
+    else:
+        tiles_advanced(
+            S, first, behind, base_rows, v_rows, buffered_rows, new_rows, out_rows, mask_k[:, None], new[:, None],
+            held[:, None], given[:, None], q, among, before, to_row, kb, Gb, Gb_all, scale, V, BV, False, False,
+            IS_FP16,
+        )  # fmt: skip
+    if not AT_ONCE and folded > 0:
         for i in range(first, behind):
             fold(
-                base_ptr, keys_ptr, values_ptr, decays_ptr, start, folded,
-                (first + behind - 1 - i) * BV + tl.arange(0, BV), stride_k, stride_v, H, K, V, BK, R, IS_FP32,
-                IS_FP16,
+                base_ptr, keys_ptr, values_ptr, decays_ptr, start, folded, i * BV + tl.arange(0, BV), stride_k,
+                stride_v, H, K, V, BK, R, IS_FP32, IS_FP16,
             )  # fmt: skip
 
     if first == 0:

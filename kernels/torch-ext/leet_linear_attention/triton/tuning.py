@@ -149,16 +149,15 @@ def segments(tokens: int, config: SweepConfig, programs: int, device_index: int)
 
 
 class StepConfig(NamedTuple):
-    """rows, held: tokens of the step and of the buffer, padded; block_v: columns of the state in a tile; warps, stages,
+    """rows, held: tokens of the step and of the buffer, padded; block_v: columns of the state in a tile; warps,
     registers a thread: launch options; tiles: the most that one program takes, one after another."""
 
     rows: int
     held: int
     block_v: int
     warps: int
-    stages: int
-    registers: int | None = None
-    tiles: int = 1
+    registers: int | None
+    tiles: int
 
 
 @functools.cache
@@ -172,17 +171,19 @@ def step_config(
     width, held = block_of(key_dim), block_of(buffer)
     rows = 1 if tokens == 1 else block_of(tokens)
     if rows == 1:
-        # A tile of about 8192 state entries a program, four of which share a processor.
-        forms = [StepConfig(rows, held, max(16, min(block_of(value_dim), 64, 8192 // width)), 4, 1, 128)]
+        # Two tiles, the one that is worked on and the next, in 64 registers a thread.
+        columns = 32 if width <= 256 else 16
+        forms = [StepConfig(rows, held, min(columns, block_of(value_dim)), max(2, min(8, width // 32)), 128, 4)]
+    elif rows >= 64 and itemsize == 2:
+        # Here Triton takes Hopper's wide products, whose tiles must not be narrow (see `sweep_config`).
+        forms = [StepConfig(rows, held, 64, 8, None, 2)]
     elif itemsize == 2:
-        # Two tiles a program: of more, the first is in no cache any more when it folds. From 64 rows on Triton takes
-        # Hopper's wide products, whose tiles must not be narrow (see `sweep_config`).
-        warps, registers = (8, None) if rows >= 64 else (4, 128 if width <= 128 and rows == 16 else None)
-        columns = (64,) if rows >= 64 else (64, 32)
-        forms = [StepConfig(rows, held, c, warps, stages, registers, 2) for c in columns for stages in (2, 1)]
+        # All tiles of a head, as far as that goes: the scores are worked out once for them.
+        warps = {128: 4, 256: 4, 512: 8}.get(width, 2)
+        registers = 128 if width <= 128 and rows == 16 else None
+        forms = [StepConfig(rows, held, columns, warps, registers, 16) for columns in (32, 16)]
     elif held <= 128 and rows * held <= 4096:
-        warps = 8 if rows >= 64 or width > 128 else 4
-        forms = [StepConfig(rows, held, 32, warps, stages, 255, 2) for stages in (2, 1)]
+        forms = [StepConfig(rows, held, 32, 8 if rows >= 64 or width > 128 else 4, 255, 4)]
     else:
         forms = []  # products in float32 are scalar code, which would take half a minute to compile
     for form in forms:
@@ -192,16 +193,20 @@ def step_config(
 
 
 def step_bytes(form: StepConfig, width: int, itemsize: int) -> int:
-    """Estimate from above of the shared memory of a decode step: the most that its three parts need."""
+    """Estimate from above of the shared memory of a decode step: the most that one of its products needs."""
     rows, held, columns = form.rows, form.held, form.block_v
+    together = held if held <= 32 else 16
+    fold = width * columns * 4 + ((rows + together) * width + 3 * together * columns) * itemsize
+    if rows == 1:
+        return fold + 4096
     scores = ((2 * rows + held) * width + rows * (rows + held)) * itemsize
-    loads = (form.stages - 1) * columns * (width * 4 + (rows + held) * itemsize)
-    tile = loads + (width * columns + (rows + held) * columns + 2 * rows * width + rows * (rows + held)) * itemsize
-    fold = width * columns * 4 + 16 * (width + 3 * columns) * itemsize
+    tile = (width * columns + (rows + held) * columns + 2 * rows * width + rows * (rows + held)) * itemsize
     return max(scores, tile, fold) + 4096
 
 
 def step_tiles(form: StepConfig, tiles: int, heads: int, device_index: int) -> int:
-    """How many of a head's tiles a program takes where ``heads`` of them step: one if the device would stand idle."""
-    idle = device_index >= 0 and heads * blocks(tiles, form.tiles) < 4 * processors(device_index)
-    return 1 if idle else min(form.tiles, tiles)
+    """How many of a head's tiles a program takes where ``heads`` of them step: fewer where the device would idle."""
+    together = min(form.tiles, tiles)
+    while together > 1 and device_index >= 0 and heads * blocks(tiles, together) < 3 * processors(device_index):
+        together = (together + 1) // 2
+    return together
