@@ -22,6 +22,9 @@ from triton.runtime.jit import MockTensor
 from leet_linear_attention import DecodeState
 from leet_linear_attention.triton import launcher
 
+# Decode steps: width of the keys and of the values, tokens, buffer.
+STEPS = [(128, 128, 1, 16), (128, 128, 4, 16), (256, 512, 1, 16), (256, 512, 4, 16)]
+STEPS += [(128, 64, 17, 32), (512, 64, 1, 64), (128, 64, 64, 64)]
 CASES = ["plain", "per-token", "narrow", "wide", "steps", "fused", "linear"]
 
 
@@ -79,11 +82,11 @@ def operator(key_dim: int, value_dim: int, *, per_token: bool, tokens: int = 128
     backward.backward(do, None, q, k, v, g, None, None, 1.0, per_token)
 
 
-def steps(key_dim: int, value_dim: int, tokens: int) -> None:
-    """Compile the decode step of that many tokens in bfloat16."""
+def steps(key_dim: int, value_dim: int, tokens: int, buffer: int) -> None:
+    """Compile the decode step of that many tokens into such a buffer in bfloat16."""
     from leet_linear_attention.triton import step
 
-    state = DecodeState.allocate(1, 2, key_dim, value_dim, buffer=16, dtype=torch.bfloat16)
+    state = DecodeState.allocate(1, 2, key_dim, value_dim, buffer=buffer, dtype=torch.bfloat16)
     q, k, v = (torch.zeros(1, tokens, 2, width, dtype=torch.bfloat16) for width in (key_dim, key_dim, value_dim))
     tensors = (state.base, state.keys, state.values, state.log_decays, state.cursor)
     step.step(q, k, v, torch.zeros(2), *tensors, 1.0, state.buffer, state.keep)
@@ -149,9 +152,8 @@ def main(case: str) -> None:
     elif case == "linear":
         linear()
     else:
-        for widths in ((128, 128), (256, 512)):
-            for tokens in (1, 4):
-                steps(*widths, tokens)
+        for step in STEPS:
+            steps(*step)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from compiled_for_hopper import CASES
+from compiled_for_hopper import CASES, STEPS
 from leet_linear_attention.triton import tuning
 
 HERE = Path(__file__).parent
@@ -49,6 +49,6 @@ def test_kernels_compile_fit_and_load_whole_rows(case: str) -> None:
         assert kernel["narrow"] == 0 or kernel["kernel"] in NARROW, kernel
         assert kernel["products"] > 0 or kernel["kernel"] not in PRODUCTS, kernel
     if case == "steps":
-        for kernel, (width, tokens) in zip(found, ((128, 1), (128, 4), (256, 1), (256, 4)), strict=True):
-            form = tuning.step_config(width, 512, tokens, 16, 2, -1)
-            assert form is not None and kernel["shared"] <= tuning.step_bytes(form, width, 2), kernel
+        for kernel, (key_dim, value_dim, tokens, buffer) in zip(found, STEPS, strict=True):
+            form = tuning.step_config(key_dim, value_dim, tokens, buffer, 2, -1)
+            assert form is not None and kernel["shared"] <= tuning.step_bytes(form, key_dim, 2), kernel

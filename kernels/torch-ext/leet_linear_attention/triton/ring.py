@@ -9,7 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import tuning
 from .common import decayed, dot, dot_narrow, factors, narrow_dot
+
+MOST_AT_ONCE = tl.constexpr(tuning.MOST_AT_ONCE)
 
 
 @triton.jit

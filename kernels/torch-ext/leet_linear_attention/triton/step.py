@@ -19,7 +19,7 @@ from ..torch_step import step as torch_step
 from . import tuning
 from .common import wait_for_inputs
 from .launcher import Launcher, aligned_strides, device_index
-from .ring import fold, move_cursor, number_folded, part_of_head, tiles_advanced, wide_sum
+from .ring import MOST_AT_ONCE, fold, move_cursor, number_folded, part_of_head, tiles_advanced, wide_sum
 from .step_rows import rows_kernel
 
 
@@ -95,8 +95,7 @@ def step_kernel(
     new = row == 0
     given = row == i_h % group_v  # by the first of the heads that share values
     # The oldest tokens are folded where the new one finds no room.
-    # At once, by one product: for many there are no registers, for float32 no matrix units.
-    AT_ONCE: tl.constexpr = BN <= 32 and not IS_FP32
+    AT_ONCE: tl.constexpr = BN <= MOST_AT_ONCE and not IS_FP32  # in float32 no matrix unit takes the product
     folded = number_folded(count, 1, keep, N)
     if AT_ONCE and folded > 0:
         old = n < folded

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .common import dot, wait_for_inputs
-from .ring import fold, move_cursor, number_folded, part_of_head, tiles_advanced, wide_sum
+from .ring import MOST_AT_ONCE, fold, move_cursor, number_folded, part_of_head, tiles_advanced, wide_sum
 
 
 @triton.jit(
@@ -93,8 +93,7 @@ def rows_kernel(
     new_rows = values_ptr + (at * stride_v)[:, None]
     out_rows = out_ptr + (t * H * V)[:, None]
     # The oldest tokens are folded where the new ones find no room.
-    # At once, by one product: for many there are no registers, for float32 no matrix units.
-    AT_ONCE: tl.constexpr = BN <= 32 and not IS_FP32
+    AT_ONCE: tl.constexpr = BN <= MOST_AT_ONCE and not IS_FP32  # in float32 no matrix unit takes the product
     folded = number_folded(count, T, keep, N)
     if AT_ONCE and folded > 0:
         old = n < folded

@@ -148,6 +148,10 @@ def segments(tokens: int, config: SweepConfig, programs: int, device_index: int)
     return max(1, -(-tokens // length)), length
 
 
+# Buffered tokens, padded, that one product folds; for more a program has no registers.
+MOST_AT_ONCE = 32
+
+
 class StepConfig(NamedTuple):
     """rows, held: tokens of the step and of the buffer, padded; block_v: columns of the state in a tile; warps,
     registers a thread: launch options; tiles: the most that one program takes, one after another."""
@@ -195,7 +199,7 @@ def step_config(
 def step_bytes(form: StepConfig, width: int, itemsize: int) -> int:
     """Estimate from above of the shared memory of a decode step: the most that one of its products needs."""
     rows, held, columns = form.rows, form.held, form.block_v
-    together = held if held <= 32 else 16
+    together = held if held <= MOST_AT_ONCE else 16
     fold = width * columns * 4 + ((rows + together) * width + 3 * together * columns) * itemsize
     if rows == 1:
         return fold + 4096
