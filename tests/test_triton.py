@@ -156,12 +156,20 @@ def test_strided_inputs() -> None:
         torch.testing.assert_close(o, wanted, rtol=1e-4, atol=1e-4)
 
 
+# Tokens in all, the buffer, and steps: how many tokens, how many of them taken back.
+SHORT = (40, 8, [(1, 0), (3, 2), (1, 0), (8, 3), (5, 0), (1, 1), (8, 0), (2, 0), (8, 0), (1, 0), (8, 0)])
+PARTS = [(17, 0), (30, 3), (1, 0), (12, 1), (40, 5), (1, 0), (20, 0), (18, 0), (2, 0), (1, 0), (1, 0)]
+LONG = (134, 40, PARTS)  # of more buffered tokens than one product folds
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("decay", ["none", "head", "token"])
-def test_step_is_the_sequence(decay: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("decay", "steps"), [("none", SHORT), ("head", SHORT), ("token", SHORT), ("none", LONG)])
+def test_step_is_the_sequence(decay: str, steps: Any, dtype: torch.dtype) -> None:
     """Steps of one and several tokens, with some taken back, give what the whole sequence gives."""
-    x = make_inputs(Case(tokens=40, decay=decay, key_dim=24, value_dim=40, heads=(2, 1, 4, 4), dtype=dtype), DEVICE)
-    state = DecodeState.allocate(2, 4, 24, 40, buffer=8, dtype=dtype, device=DEVICE, key_heads=1, keep=3)
+    tokens, buffer, parts = steps
+    case = Case(tokens=tokens, decay=decay, key_dim=24, value_dim=40, heads=(2, 1, 4, 4), dtype=dtype)
+    x = make_inputs(case, DEVICE)
+    state = DecodeState.allocate(2, 4, 24, 40, buffer=buffer, dtype=dtype, device=DEVICE, key_heads=1, keep=3)
     assert x.initial_state is not None
     state.load(x.initial_state)
 
@@ -169,8 +177,8 @@ def test_step_is_the_sequence(decay: str, dtype: torch.dtype) -> None:
         return t[:, at : at + n]
 
     outputs, at = [], 0
-    for n, taken_back in ((1, 0), (3, 2), (1, 0), (8, 3), (5, 0), (1, 1), (8, 0), (2, 0), (8, 0), (1, 0), (8, 0)):
-        n = min(n, 40 - at)
+    for n, taken_back in parts:
+        n = min(n, tokens - at)
         g = part(x.log_decay, at, n) if decay == "token" else x.log_decay
         o = linear_attention_step(
             part(x.q, at, n), part(x.k, at, n), part(x.v, at, n), g, state, scale=x.scale, method="triton"
@@ -178,12 +186,34 @@ def test_step_is_the_sequence(decay: str, dtype: torch.dtype) -> None:
         state.rewind(taken_back)
         outputs.append(o[:, : n - taken_back])
         at += n - taken_back
-    assert at == 40
+    assert at == tokens
     oracle = run_oracle(x)
     found = torch.cat(outputs, 1)
     limit = LIMIT[dtype]
     assert (found - oracle["o"]).norm() / oracle["o"].norm() <= limit
     assert (state.fold() - oracle["final_state"]).norm() / oracle["final_state"].norm() <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_step_gives_the_same_however_many_tiles_a_program_takes(
+    tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a row gives the same whatever else is in the batch, which decides how many that are."""
+    from leet_linear_attention.triton import tuning
+
+    x = make_inputs(Case(tokens=24, decay="token", key_dim=24, value_dim=80, dtype=dtype), DEVICE)
+    found = []
+    for most in (1, 2, 16):
+        with monkeypatch.context() as patch:
+            patch.setattr(tuning, "step_tiles", lambda form, tiles, heads, index, most=most: min(most, tiles))
+            heads = x.log_decay.shape[-1]
+            state = DecodeState.allocate(x.q.shape[0], heads, 24, 80, buffer=8, dtype=dtype, device=DEVICE)
+            steps = [t.split(tokens, 1) for t in (x.q, x.k, x.v, x.log_decay)]
+            outputs = [linear_attention_step(*part, state, method="triton") for part in zip(*steps, strict=True)]
+        found.append((torch.cat(outputs, 1), state.fold()))
+    for o, last in found[1:]:
+        assert torch.equal(o, found[0][0]) and torch.equal(last, found[0][1])
 
 
 def test_overlapping_is_for_gpus_alone() -> None:

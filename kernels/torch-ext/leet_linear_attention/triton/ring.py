@@ -24,6 +24,16 @@ def wide_sum(g, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def tiles_of_program(tiles, V: tl.constexpr, BV: tl.constexpr):
+    """(i_bh, first, behind): which head a program of a step's grid works on, and the tiles of BV columns of it."""
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    blocks = tl.cdiv(TILES, tiles)
+    first = (tl.program_id(0) % blocks) * tiles
+    behind = tl.minimum(first + tiles, TILES)
+    return (tl.program_id(0) // blocks).to(tl.int64), first, behind
+
+
+@triton.jit
 def part_of_head(
     base_ptr, keys_ptr, values_ptr, decays_ptr, i_bh, H, group_k, group_v,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
@@ -38,6 +48,33 @@ def part_of_head(
     values_ptr += (i_b * R * heads_v + i_h // group_v) * V
     decays_ptr += i_b * R * H + i_h
     return base_ptr, keys_ptr, values_ptr, decays_ptr, heads_k * K, heads_v * V
+
+
+@triton.jit
+def first_tile(base_ptr, key, mask_k, first, V: tl.constexpr, BV: tl.constexpr):
+    """(base_rows, S): where rows of a head's state begin, [K, 1], and the state [K, BV] of a program's first tile.
+
+    It takes longest, so it is read before all that waits for the cursor.
+    """
+    base_rows = base_ptr + key[:, None] * V
+    value = first * BV + tl.arange(0, BV)
+    return base_rows, tl.load(base_rows + value[None, :], mask=mask_k[:, None] & (value < V)[None, :], other=0.0)
+
+
+@triton.jit
+def buffered_tokens(
+    keys_ptr, decays_ptr, start, count, key, mask_k, stride_k, stride_g, BN: tl.constexpr, R: tl.constexpr,
+    PRECISE: tl.constexpr,
+):  # fmt: skip
+    """Of the ``count`` buffered tokens, oldest first: (slots, which there are, keys [N, K], log_decays, their sums)."""
+    n = tl.arange(0, BN)
+    slot = (start + n) % R
+    held = n < count
+    tile_k = held[:, None] & mask_k[None, :]
+    kb = tl.load(keys_ptr + (slot * stride_k)[:, None] + key[None, :], mask=tile_k, other=0.0)
+    gb = tl.load(decays_ptr + slot * stride_g, mask=held, other=0.0)
+    Gb, Gb_all = wide_sum(gb, PRECISE)
+    return slot, held, kb, gb, Gb, Gb_all
 
 
 @triton.jit
@@ -157,3 +194,41 @@ def fold(
             else:
                 S = gathered(decayed(S, G_all), k, v, IS_FP16)
         tl.store(at, S, mask=mask)
+
+
+@triton.jit
+def tiles_stepped(
+    S, first, behind, base_rows, v_rows, buffered_rows, new_rows, out_rows, is_key, new, held, given,
+    q, among, before, to_row, G, kb, gb, Gb, Gb_all, scale, folded,
+    base_ptr, keys_ptr, values_ptr, decays_ptr, start, stride_k, stride_v, stride_g,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
+    ONE: tl.constexpr, IS_FP32: tl.constexpr, IS_FP16: tl.constexpr,
+):  # fmt: skip
+    """`tiles_advanced` of a step that folds its ``folded`` oldest tokens, at once with the outputs or after them.
+
+    ``before`` and to_row are those without folding; gb [N] are the buffered log_decays, Gb and Gb_all their running sum
+    and their sum, G [T] the running sum of the new ones.
+    """
+    AT_ONCE: tl.constexpr = BN <= MOST_AT_ONCE and not IS_FP32  # in float32 no matrix unit takes the product
+    if AT_ONCE and folded > 0:
+        n = tl.arange(0, BN)
+        old = n < folded
+        g_folded = tl.sum(tl.where(old, gb, 0.0), 0)
+        to_end = tl.where(old, tl.exp(g_folded - Gb), 0.0)
+        to_row = tl.exp(G + tl.sum(tl.where(old, 0.0, gb), 0))
+        before = tl.where(old if ONE else old[None, :], 0.0, before)
+        tiles_advanced(
+            S, first, behind, base_rows, v_rows, buffered_rows, new_rows, out_rows, is_key, new, held, given,
+            q, among, before, to_row, kb, to_end, g_folded, scale, V, BV, ONE, True, IS_FP16,
+        )  # fmt: skip
+    else:
+        tiles_advanced(
+            S, first, behind, base_rows, v_rows, buffered_rows, new_rows, out_rows, is_key, new, held, given,
+            q, among, before, to_row, kb, Gb, Gb_all, scale, V, BV, ONE, False, IS_FP16,
+        )  # fmt: skip
+    if not AT_ONCE and folded > 0:
+        for i in range(first, behind):
+            fold(
+                base_ptr, keys_ptr, values_ptr, decays_ptr, start, folded, i * BV + tl.arange(0, BV), stride_k,
+                stride_v, stride_g, K, V, BK, R, IS_FP32, IS_FP16,
+            )  # fmt: skip

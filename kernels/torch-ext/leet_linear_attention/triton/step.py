@@ -19,7 +19,15 @@ from ..torch_step import step as torch_step
 from . import tuning
 from .common import wait_for_inputs
 from .launcher import Launcher, aligned_strides, device_index
-from .ring import MOST_AT_ONCE, fold, move_cursor, number_folded, part_of_head, tiles_advanced, wide_sum
+from .ring import (
+    buffered_tokens,
+    first_tile,
+    move_cursor,
+    number_folded,
+    part_of_head,
+    tiles_of_program,
+    tiles_stepped,
+)
 from .step_rows import rows_kernel
 
 
@@ -37,11 +45,7 @@ def step_kernel(
 ):  # fmt: skip
     """Grid (B * H * blocks of ``tiles`` tiles of BV columns,), blocks fastest. N <= BN. Ring: ``ring``."""
     R: tl.constexpr = 2 * N
-    TILES: tl.constexpr = (V + BV - 1) // BV
-    blocks = tl.cdiv(TILES, tiles)
-    first = (tl.program_id(0) % blocks) * tiles
-    behind = tl.minimum(first + tiles, TILES)
-    i_bh = (tl.program_id(0) // blocks).to(tl.int64)
+    i_bh, first, behind = tiles_of_program(tiles, V, BV)
     i_b = i_bh // H
     i_h = i_bh % H
     wait_for_inputs(OVERLAP)
@@ -53,10 +57,7 @@ def step_kernel(
     base_ptr, keys_ptr, values_ptr, decays_ptr, stride_k, stride_v = part_of_head(
         base_ptr, keys_ptr, values_ptr, decays_ptr, i_bh, H, group_k, group_v, K, V, R
     )
-    # The first of what takes longest, before all that waits for the cursor.
-    base_rows = base_ptr + key[:, None] * V
-    value = first * BV + tl.arange(0, BV)
-    S = tl.load(base_rows + value[None, :], mask=mask_k[:, None] & (value < V)[None, :], other=0.0)
+    base_rows, S = first_tile(base_ptr, key, mask_k, first, V, BV)
 
     # Strides come divided by ALIGN: the product tells the compiler that loads may be 16 bytes wide.
     q_ptr += (i_b * sqb + (i_h // group_q) * sqh) * ALIGN
@@ -71,14 +72,9 @@ def step_kernel(
     q = tl.load(q_ptr + key, mask=mask_k, other=0.0).to(tl.float32)
     k = tl.load(k_ptr + key, mask=mask_k, other=0.0)
 
-    # Buffered tokens, oldest first.
-    n = tl.arange(0, BN)
-    slot = (start + n) % R
-    held = n < count
-    tile_k = held[:, None] & mask_k[None, :]
-    kb = tl.load(keys_ptr + (slot * stride_k)[:, None] + key[None, :], mask=tile_k, other=0.0)
-    gb = tl.load(decays_ptr + slot * H, mask=held, other=0.0)
-    Gb, Gb_all = wide_sum(gb, IS_FP32)
+    slot, held, kb, gb, Gb, Gb_all = buffered_tokens(
+        keys_ptr, decays_ptr, start, count, key, mask_k, stride_k, H, BN, R, IS_FP32
+    )
 
     among = tl.sum(k.to(tl.float32) * q, 0)
     before = tl.sum(kb.to(tl.float32) * q[None, :], 1) * tl.exp((Gb_all - Gb + g).to(tl.float32))
@@ -95,29 +91,13 @@ def step_kernel(
     new = row == 0
     given = row == i_h % group_v  # by the first of the heads that share values
     # The oldest tokens are folded where the new one finds no room.
-    AT_ONCE: tl.constexpr = BN <= MOST_AT_ONCE and not IS_FP32  # in float32 no matrix unit takes the product
     folded = number_folded(count, 1, keep, N)
-    if AT_ONCE and folded > 0:
-        old = n < folded
-        g_folded = tl.sum(tl.where(old, gb, 0.0), 0)
-        to_end = tl.where(old, tl.exp(g_folded - Gb), 0.0)
-        to_row = tl.exp(g + tl.sum(tl.where(old, 0.0, gb), 0))
-        before = tl.where(old, 0.0, before)
-        tiles_advanced(
-            S, first, behind, base_rows, v_rows, buffered_rows, new_rows, out_rows, mask_k[:, None], new,
-            held[:, None], given, q, among, before, to_row, kb, to_end, g_folded, scale, V, BV, True, True, IS_FP16,
-        )  # fmt: skip
-    else:
-        tiles_advanced(
-            S, first, behind, base_rows, v_rows, buffered_rows, new_rows, out_rows, mask_k[:, None], new,
-            held[:, None], given, q, among, before, to_row, kb, Gb, Gb_all, scale, V, BV, True, False, IS_FP16,
-        )  # fmt: skip
-    if not AT_ONCE and folded > 0:
-        for i in range(first, behind):
-            fold(
-                base_ptr, keys_ptr, values_ptr, decays_ptr, start, folded, i * BV + tl.arange(0, BV), stride_k,
-                stride_v, H, K, V, BK, R, IS_FP32, IS_FP16,
-            )  # fmt: skip
+    tiles_stepped(
+        S, first, behind, base_rows, v_rows, buffered_rows, new_rows, out_rows, mask_k[:, None], new,
+        held[:, None], given, q, among, before, to_row, g, kb, gb, Gb, Gb_all, scale, folded,
+        base_ptr, keys_ptr, values_ptr, decays_ptr, start, stride_k, stride_v, H,
+        K, V, BK, BV, BN, R, True, IS_FP32, IS_FP16,
+    )  # fmt: skip
 
     if first == 0:
         tl.store(decays_ptr + at * H, g)
